@@ -1,0 +1,1 @@
+//! Device code of the `delta-rule` crate.

@@ -1,0 +1,1 @@
+//! Chunk engine on the CPU.

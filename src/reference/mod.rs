@@ -1,0 +1,1 @@
+//! Token loops, forward and backward: the truth.

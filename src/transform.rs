@@ -1,0 +1,1 @@
+//! L2 norm, sigmoids and gate formulas, each with its gradient.
