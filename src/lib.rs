@@ -18,3 +18,7 @@ pub use options::{BetaTransform, GateTransform, Options, StateLayout};
 pub use problem::{Ident, MAX_HEAD_DIM, Problem, Sequence, Shape};
 pub use real::Real;
 pub use rule::{Decay, Rule};
+
+/// CubeCL, whose types appear in the signatures of `gpu`.
+#[cfg(feature = "gpu")]
+pub use cubecl;

@@ -1,1 +1,209 @@
-//! The front door on CubeCL bindings.
+//! The front door on CubeCL bindings: chunkwise kernels on CUDA and WGPU.
+//!
+//! Everything stays on the device and nothing waits for it: a call checks its arguments, uploads a small table
+//! of the sequences and puts two kernels per pass into the stream. Kernel faults therefore surface where
+//! CubeCL reports them, at the next `sync`, `flush` or read of the client; on WGPU call `sync` before you
+//! trust what you read.
+//!
+//! The kernels read f32, f16 and bf16 (where the device has them), compute in f32, and keep states in f32.
+//! Scratch memory is `4 (3 K' + 2 C + K' / C)` bytes per micro-step and value head, K' being K rounded up to
+//! 32 and C the chunk size (1.8 KB at K = 128), in passes over the heads of at most 1 GiB.
+
+mod host;
+mod plan;
+mod tensors;
+
+pub use host::{forward_host, HostDType, HostError};
+pub use tensors::{DTypes, DeviceInputs, DeviceOutput};
+
+use cubecl::ir::StorageType;
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+use cubecl::std::tensor::TensorHandle;
+use delta_rule_kernels::prepare::prepare;
+use delta_rule_kernels::scan::{StateStridesLaunch, scan};
+use delta_rule_kernels::StridesLaunch;
+
+use crate::host::check_presence;
+use crate::{Ident, Options, Problem, Result, StateLayout};
+use plan::Plan;
+use tensors::{Checked, checked};
+
+/// Computes `o` and the final state into new buffers.
+///
+/// # Errors
+/// See [`forward_into`].
+pub fn forward<R: Runtime>(
+    client: &ComputeClient<R>,
+    problem: &Problem,
+    options: &Options,
+    inputs: DeviceInputs<R>,
+    dtypes: DTypes,
+) -> Result<DeviceOutput<R>> {
+    let new = |ident: Ident, dtype: StorageType| {
+        let shape = device_shape(problem, options, ident);
+        let handle = client.empty((shape.iter().product::<usize>() * dtype.size()).max(MIN_BUFFER));
+        TensorHandle::<R>::new_contiguous(shape, handle, dtype)
+    };
+    // Sizes are checked before anything of them is allocated.
+    tensors::check_extent(client, problem, options, Ident::O, dtypes.data)?;
+    tensors::check_extent(client, problem, options, Ident::FinalState, f32_type())?;
+    let output = DeviceOutput { o: new(Ident::O, dtypes.data), final_state: new(Ident::FinalState, f32_type()) };
+    let (o, final_state) = (output.o.clone().binding(), output.final_state.clone().binding());
+    forward_into(client, problem, options, inputs, dtypes, o, final_state)?;
+    Ok(output)
+}
+
+/// Computes into the caller's buffers: `o` as `[B, T, HV, V]` in `dtypes.data`, `final_state` as f32
+/// `[N, HV, K, V]` (or `[N, HV, V, K]`). They must not overlap the inputs.
+///
+/// Strides are honoured; the last dimension of q, k, v, o and of a gate per channel must be contiguous.
+///
+/// # Errors
+/// Each names the tensor: [`Error::Shape`](crate::Error::Shape), [`Error::Strides`](crate::Error::Strides),
+/// [`Error::DType`](crate::Error::DType) for types that the device or the kernels lack,
+/// [`Error::BufferTooSmall`](crate::Error::BufferTooSmall),
+/// [`Error::BufferTooLarge`](crate::Error::BufferTooLarge) over the device's binding limit,
+/// [`Error::Missing`](crate::Error::Missing) and [`Error::Unused`](crate::Error::Unused),
+/// [`Error::ChunkSize`](crate::Error::ChunkSize) unless 16 or 32, and
+/// [`Error::Device`](crate::Error::Device) when shared memory does not suffice. Nothing is launched then.
+pub fn forward_into<R: Runtime>(
+    client: &ComputeClient<R>,
+    problem: &Problem,
+    options: &Options,
+    inputs: DeviceInputs<R>,
+    dtypes: DTypes,
+    o: TensorBinding<R>,
+    final_state: TensorBinding<R>,
+) -> Result<()> {
+    options.validate()?;
+    let given = [inputs.g.is_some(), inputs.a_log.is_some(), inputs.dt_bias.is_some()];
+    check_presence(problem, options, given)?;
+    dtypes.validate(client)?;
+    let has_bias = inputs.dt_bias.is_some();
+    let has_initial_state = inputs.initial_state.is_some();
+
+    let check = |ident, tensor, dtype| checked(client, problem, options, ident, tensor, dtype);
+    let optional = |ident, tensor: Option<TensorBinding<R>>, dtype| {
+        tensor.map(|tensor| check(ident, tensor, dtype)).transpose()
+    };
+    let f32 = f32_type();
+    let q = check(Ident::Q, inputs.q, dtypes.data)?;
+    let k = check(Ident::K, inputs.k, dtypes.data)?;
+    let v = check(Ident::V, inputs.v, dtypes.data)?;
+    let beta = check(Ident::Beta, inputs.beta, dtypes.beta)?;
+    let g = optional(Ident::G, inputs.g, dtypes.gate)?;
+    let a_log = optional(Ident::ALog, inputs.a_log, f32)?;
+    let dt_bias = optional(Ident::DtBias, inputs.dt_bias, f32)?;
+    let initial_state = optional(Ident::InitialState, inputs.initial_state, f32)?;
+    let o = check(Ident::O, o, dtypes.data)?;
+    let final_state = check(Ident::FinalState, final_state, f32)?;
+
+    let vector = if [&q, &k, &v, &o].iter().all(|t| t.vectorizes(dtypes.data)) { 4 } else { 1 };
+    let plan = Plan::new(client, problem, options, has_bias, has_initial_state)?;
+    let bp = plan.blueprint;
+    let table = client.create_from_slice(&plan.table_bytes());
+    let scratch = client.empty(plan.scratch_bytes.max(MIN_BUFFER));
+    let array = |handle: &Handle, len| unsafe { ArrayArg::<R>::from_raw_parts(handle.clone(), len) };
+    let table_arg = || array(&table, plan.table.len());
+    // A tensor of no elements has no buffer that could be bound, and one that is absent is never read.
+    let arg = |tensor: Option<&Checked<R>>| match tensor {
+        Some(t) if t.elements > 0 => t.arg(),
+        _ => table_arg(),
+    };
+    let at = |t: Option<&Checked<R>>| {
+        let [b, t, h] = t.map_or([0; 3], |t| [t.strides[0], t.strides[1], t.strides[2]]);
+        StridesLaunch::<R>::new(b, t, h)
+    };
+    let state_at = |t: Option<&Checked<R>>| {
+        let s = t.map_or(vec![0; 4], |t| t.strides.clone());
+        let (k, v) = match options.state_layout {
+            StateLayout::KeyFirst => (s[2], s[3]),
+            StateLayout::ValueFirst => (s[3], s[2]),
+        };
+        StateStridesLaunch::<R>::new(s[0], s[1], k, v)
+    };
+    let group = (problem.shape().value_heads / problem.shape().heads) as u32;
+    let lower_bound = match options.gate {
+        crate::GateTransform::Bounded { lower_bound } => lower_bound as f32,
+        _ => 0.0,
+    };
+
+    for (first_head, heads) in plan.passes() {
+        let scratch_arg = || array(&scratch, plan.scratch_bytes / 4);
+        if plan.chunks > 0 {
+            // Safety: every index lies inside its buffer, as `checked` has found from shapes and strides.
+            unsafe {
+                prepare::launch_unchecked::<R>(
+                    client,
+                    plan.cubes(plan.chunks * heads),
+                    CubeDim::new_1d(bp.prepare_units() as u32),
+                    vector,
+                    arg(Some(&q)),
+                    arg(Some(&k)),
+                    arg(Some(&beta)),
+                    arg(g.as_ref()),
+                    arg(a_log.as_ref()),
+                    arg(dt_bias.as_ref()),
+                    table_arg(),
+                    scratch_arg(),
+                    at(Some(&q)),
+                    at(Some(&k)),
+                    at(Some(&beta)),
+                    at(g.as_ref()),
+                    problem.sequences() as u32,
+                    plan.chunks as u32,
+                    first_head as u32,
+                    heads as u32,
+                    group,
+                    options.scale_for(problem.shape().key_dim) as f32,
+                    lower_bound,
+                    bp,
+                    [dtypes.data, dtypes.beta, dtypes.gate],
+                );
+            }
+        }
+        // Safety: as above.
+        unsafe {
+            scan::launch_unchecked::<R>(
+                client,
+                plan.cubes(problem.sequences() * heads * bp.value_tiles()),
+                CubeDim::new_1d(bp.scan_units() as u32),
+                vector,
+                arg(Some(&v)),
+                scratch_arg(),
+                arg(initial_state.as_ref()),
+                table_arg(),
+                if o.elements > 0 { o.arg() } else { array(&client.empty(MIN_BUFFER), 1) },
+                final_state.arg(),
+                at(Some(&v)),
+                at(Some(&o)),
+                state_at(initial_state.as_ref()),
+                state_at(Some(&final_state)),
+                problem.sequences() as u32,
+                first_head as u32,
+                heads as u32,
+                bp,
+                dtypes.data,
+            );
+        }
+    }
+    Ok(())
+}
+
+/// No buffer is smaller: devices do not bind empty ones.
+const MIN_BUFFER: usize = 16;
+
+fn f32_type() -> StorageType {
+    f32::as_type_native_unchecked().storage_type()
+}
+
+/// The shape of a tensor as the caller holds it, the state's layout included.
+fn device_shape(problem: &Problem, options: &Options, ident: Ident) -> Vec<usize> {
+    let mut shape = problem.shape_of(ident);
+    let is_state = matches!(ident, Ident::InitialState | Ident::FinalState);
+    if is_state && options.state_layout == StateLayout::ValueFirst {
+        shape.swap(2, 3);
+    }
+    shape
+}

@@ -1,0 +1,169 @@
+//! Every choice that is made before a kernel is compiled.
+
+/// Channels that one pass over a tile covers.
+pub(crate) const SLICE: usize = 32;
+/// Four-vectors in a slice.
+pub(crate) const SLICE4: usize = SLICE / 4;
+/// Row length, in four-vectors, of a slice in shared memory: odd, so that rows fall into different banks.
+pub(crate) const SLICE_LD: usize = SLICE4 + 1;
+
+/// How the state decays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Decay {
+    /// Not at all.
+    None,
+    /// One gate per value head.
+    Head,
+    /// One gate per key channel.
+    Channel,
+}
+
+/// What beta holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum BetaMap {
+    /// Beta.
+    Identity,
+    /// A logit of $\sigma$.
+    Sigmoid,
+    /// A logit of $2\sigma$.
+    TwoSigmoid,
+}
+
+/// What g holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum GateMap {
+    /// The log decay.
+    Identity,
+    /// The argument of $-e^{A}\,\mathrm{softplus}(\cdot + b)$.
+    Softplus,
+    /// The argument of $l\,\sigma(e^{A}(\cdot + b))$.
+    Bounded,
+}
+
+/// A specialisation of the kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Blueprint {
+    /// How the state decays.
+    pub decay: Decay,
+    /// Writes per token, $n_h$.
+    pub micro_steps: usize,
+    /// K.
+    pub key_dim: usize,
+    /// V.
+    pub value_dim: usize,
+    /// C, micro-steps per chunk: 16 or 32.
+    pub chunk: usize,
+    /// Value channels of one cube of `scan`, a multiple of 4.
+    pub value_tile: usize,
+    /// Units per row in `prepare`, each taking its share of the channels.
+    pub parts: usize,
+    /// Whether q and k are L2-normalised first.
+    pub qk_l2norm: bool,
+    /// What beta holds.
+    pub beta: BetaMap,
+    /// What g holds.
+    pub gate: GateMap,
+    /// Whether there is a `dt_bias`.
+    pub has_bias: bool,
+    /// Whether there is an initial state.
+    pub has_initial_state: bool,
+}
+
+impl Blueprint {
+    /// K rounded up to whole slices; the padding is zero.
+    pub fn padded_key_dim(&self) -> usize {
+        self.key_dim.div_ceil(SLICE) * SLICE
+    }
+
+    /// Rows of Q in a chunk: at most this many tokens end in C micro-steps.
+    pub fn reads(&self) -> usize {
+        self.chunk.div_ceil(self.micro_steps)
+    }
+
+    /// Units of a `prepare` cube.
+    pub fn prepare_units(&self) -> usize {
+        self.chunk * self.parts
+    }
+
+    /// Units of a `scan` cube: one for each 4 x 4 tile of N.
+    pub fn scan_units(&self) -> usize {
+        self.tile_rows() * self.tile_cols()
+    }
+
+    /// Cubes that share the value channels of one head in `scan`.
+    pub fn value_tiles(&self) -> usize {
+        self.value_dim.div_ceil(self.value_tile)
+    }
+
+    /// Shared memory of the larger kernel, in bytes.
+    pub fn shared_memory(&self) -> usize {
+        let f = 4;
+        let slices = if self.decay == Decay::Channel { 3 } else { 2 };
+        let prepare = slices * self.chunk * SLICE_LD * 4 * f
+            + 3 * self.chunk * (self.chunk + 1) * f
+            + (4 + 2 * self.parts) * self.chunk * f;
+        let state = self.padded_key_dim() * self.value_tile * f;
+        let writes = self.chunk * self.value_tile * f;
+        let operands = self.operand_vectors() * 4 * f;
+        prepare.max(state + writes + operands)
+    }
+
+    /// Bytes of scratch per chunk and value head.
+    pub fn record_bytes(&self) -> usize {
+        self.record_vectors() * 16
+    }
+
+    pub(crate) fn slices(&self) -> usize {
+        self.padded_key_dim() / SLICE
+    }
+
+    pub(crate) fn tile_rows(&self) -> usize {
+        self.chunk / 4
+    }
+
+    pub(crate) fn tile_cols(&self) -> usize {
+        self.value_tile / 4
+    }
+
+    /// Rows of Q that one unit of `scan` holds.
+    pub(crate) fn read_rows(&self) -> usize {
+        self.reads().div_ceil(self.tile_rows())
+    }
+
+    /// Row length, in four-vectors, of a C-column matrix in shared memory.
+    pub(crate) fn square_ld(&self) -> usize {
+        self.chunk / 4 + 1
+    }
+
+    /// Four-vectors of the operand buffer of `scan`: a slice of [Kg; Qg], or T, or P.
+    pub(crate) fn operand_vectors(&self) -> usize {
+        let stacked = self.chunk + self.read_rows() * self.tile_rows();
+        (stacked * SLICE_LD).max(self.chunk * self.square_ld())
+    }
+
+    // The record of one chunk and head, in four-vectors: Kg, Kd, Qg (channel-major), gamma, T, P (row-major).
+
+    pub(crate) fn kd_at(&self) -> usize {
+        self.chunk * self.padded_key_dim() / 4
+    }
+
+    pub(crate) fn qg_at(&self) -> usize {
+        2 * self.kd_at()
+    }
+
+    pub(crate) fn gamma_at(&self) -> usize {
+        self.qg_at() + self.reads() * self.padded_key_dim() / 4
+    }
+
+    pub(crate) fn t_at(&self) -> usize {
+        self.gamma_at() + self.padded_key_dim() / 4
+    }
+
+    pub(crate) fn p_at(&self) -> usize {
+        self.t_at() + self.chunk * self.chunk / 4
+    }
+
+    pub(crate) fn record_vectors(&self) -> usize {
+        self.p_at() + self.reads() * self.chunk / 4
+    }
+}

@@ -1,0 +1,43 @@
+//! The fused transforms, on scalars.
+
+use cubecl::prelude::*;
+
+use crate::{BetaMap, GateMap};
+
+/// $\sigma(x)$, without overflow for either sign.
+#[cube]
+pub(crate) fn sigmoid(x: f32) -> f32 {
+    let e = f32::exp(-f32::abs(x));
+    let r = 1.0f32 / (1.0f32 + e);
+    select(x >= 0.0f32, r, e * r)
+}
+
+/// $\log(1 + e^x)$, without overflow.
+#[cube]
+fn softplus(x: f32) -> f32 {
+    f32::max(x, 0.0f32) + f32::log1p(f32::exp(-f32::abs(x)))
+}
+
+/// Beta from what the caller holds.
+#[cube]
+pub(crate) fn beta_of(x: f32, #[comptime] map: BetaMap) -> f32 {
+    if comptime!(map == BetaMap::Identity) {
+        x
+    } else if comptime!(map == BetaMap::Sigmoid) {
+        sigmoid(x)
+    } else {
+        2.0f32 * sigmoid(x)
+    }
+}
+
+/// The factor $e^g$ in `[0, 1]` from what the caller holds.
+#[cube]
+pub(crate) fn decay_of(x: f32, a_log: f32, bias: f32, lower_bound: f32, #[comptime] map: GateMap) -> f32 {
+    if comptime!(map == GateMap::Identity) {
+        f32::exp(x)
+    } else if comptime!(map == GateMap::Softplus) {
+        f32::exp(-f32::exp(a_log) * softplus(x + bias))
+    } else {
+        f32::exp(lower_bound * sigmoid(f32::exp(a_log) * (x + bias)))
+    }
+}

@@ -1,0 +1,95 @@
+//! Where things lie in device memory.
+
+use cubecl::prelude::*;
+
+/// Four floats: the unit of scratch and of shared memory.
+pub(crate) type F4 = Vector<f32, Const<4>>;
+
+/// Element strides of a `[B, T, H, D]` tensor whose last dimension is contiguous.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub struct Strides {
+    /// From row to row of the batch.
+    pub b: u32,
+    /// From token (or micro-step) to token.
+    pub t: u32,
+    /// From head to head.
+    pub h: u32,
+}
+
+#[cube]
+impl Strides {
+    /// The offset of channel 0 at `(row, t, head)`.
+    pub(crate) fn at(&self, row: usize, t: usize, head: usize) -> usize {
+        row * self.b as usize + t * self.t as usize + head * self.h as usize
+    }
+}
+
+/// One sequence, as the table lists it: `[row, first token, tokens, first chunk]` each.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Sequence {
+    pub(crate) row: usize,
+    pub(crate) start: usize,
+    pub(crate) tokens: usize,
+    pub(crate) first_chunk: usize,
+}
+
+/// Reads sequence `n` of the table.
+#[cube]
+pub(crate) fn sequence(table: &Array<u32>, n: usize) -> Sequence {
+    Sequence {
+        row: table[4 * n] as usize,
+        start: table[4 * n + 1] as usize,
+        tokens: table[4 * n + 2] as usize,
+        first_chunk: table[4 * n + 3] as usize,
+    }
+}
+
+/// Four channels of a row of `width` channels, beginning at channel `c`; zeros past the end or when `!valid`.
+#[cube]
+pub(crate) fn load4<F: Float, N: Size>(
+    x: &Array<Vector<F, N>>,
+    row: usize,
+    c: usize,
+    valid: bool,
+    #[comptime] width: usize,
+) -> F4 {
+    let lanes = x.vector_size();
+    let mut out = F4::new(0.0f32);
+    if valid && c < width {
+        if comptime!(lanes == 4) {
+            out = F4::cast_from(x[(row + c) / 4]);
+        } else {
+            #[unroll]
+            for e in 0..4usize {
+                if c + e < width {
+                    out[e] = f32::cast_from(x[row + c + e][0]);
+                }
+            }
+        }
+    }
+    out
+}
+
+/// Writes four channels, but none past `width`.
+#[cube]
+pub(crate) fn store4<F: Float, N: Size>(
+    x: &mut Array<Vector<F, N>>,
+    row: usize,
+    c: usize,
+    value: F4,
+    #[comptime] width: usize,
+) {
+    let lanes = x.vector_size();
+    if c < width {
+        if comptime!(lanes == 4) {
+            x[(row + c) / 4] = Vector::cast_from(value);
+        } else {
+            #[unroll]
+            for e in 0..4usize {
+                if c + e < width {
+                    x[row + c + e] = Vector::cast_from(value[e]);
+                }
+            }
+        }
+    }
+}

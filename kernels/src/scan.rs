@@ -1,0 +1,223 @@
+//! One cube per sequence, value head and tile of value channels: the state walks through the chunks.
+
+use cubecl::prelude::*;
+
+use crate::blueprint::{Blueprint, SLICE, SLICE_LD, SLICE4};
+use crate::record::{F4, Strides, load4, sequence, store4};
+use crate::tile::{load_columns, load_rows, mma_ab, mma_atb};
+
+/// Element strides of a state `[N, HV, K, V]` in any layout.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub struct StateStrides {
+    /// From sequence to sequence.
+    pub n: u32,
+    /// From head to head.
+    pub h: u32,
+    /// From key channel to key channel.
+    pub k: u32,
+    /// From value channel to value channel.
+    pub v: u32,
+}
+
+/// Reads the records of [`prepare`](crate::prepare::prepare) and writes o and the final state.
+///
+/// Cube `p` takes value tile `p % tiles`, head `first_head + p / tiles % heads` and sequence
+/// `p / (tiles * heads)`.
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+pub fn scan<F: Float, N: Size>(
+    v: &Array<Vector<F, N>>,
+    scratch: &Array<F4>,
+    initial_state: &Array<f32>,
+    table: &Array<u32>,
+    o: &mut Array<Vector<F, N>>,
+    final_state: &mut Array<f32>,
+    v_at: Strides,
+    o_at: Strides,
+    initial_at: StateStrides,
+    final_at: StateStrides,
+    sequences: u32,
+    first_head: u32,
+    heads: u32,
+    #[comptime] bp: Blueprint,
+    #[define(F)] _type: StorageType,
+) {
+    let tiles = comptime!(bp.value_tiles());
+    if CUBE_POS >= (sequences * heads) as usize * tiles {
+        terminate!();
+    }
+    let chunk = comptime!(bp.chunk);
+    let reads = comptime!(bp.reads());
+    let n_h = comptime!(bp.micro_steps);
+    let units = comptime!(bp.scan_units());
+    let rows = comptime!(bp.tile_rows());
+    let cols = comptime!(bp.tile_cols());
+    let read_rows = comptime!(bp.read_rows());
+    let ld = comptime!(bp.square_ld());
+    let padded = comptime!(bp.padded_key_dim());
+
+    let mut state = SharedMemory::<F4>::new(padded * cols);
+    let mut writes = SharedMemory::<F4>::new(chunk * cols);
+    let mut operand = SharedMemory::<F4>::new(comptime!(bp.operand_vectors()));
+
+    let head = CUBE_POS / tiles % heads as usize;
+    let hv = first_head as usize + head;
+    let n = CUBE_POS / (tiles * heads as usize);
+    let seq = sequence(table, n);
+    let steps = seq.tokens * n_h;
+
+    let unit = UNIT_POS as usize;
+    let ty = unit / cols;
+    let tx = unit % cols;
+    let channel = CUBE_POS % tiles * bp.value_tile + 4 * tx;
+
+    let mut key = ty;
+    while key < padded {
+        let mut s = F4::new(0.0f32);
+        if comptime!(bp.has_initial_state) && key < bp.key_dim {
+            let at = n * initial_at.n as usize + hv * initial_at.h as usize + key * initial_at.k as usize;
+            #[unroll]
+            for e in 0..4usize {
+                if channel + e < bp.value_dim {
+                    s[e] = initial_state[at + (channel + e) * initial_at.v as usize];
+                }
+            }
+        }
+        state[key * cols + tx] = s;
+        key += rows;
+    }
+
+    let mut step0 = 0usize;
+    let mut id = seq.first_chunk;
+    while step0 < steps {
+        let here = usize::min(steps - step0, chunk);
+        let first_read = step0 / n_h;
+        let reads_here = (step0 + here) / n_h - first_read;
+        let record = (id * heads as usize + head) * comptime!(bp.record_vectors());
+
+        // [Kg; Qg] S, rows of Kg first.
+        let mut acc = Array::<F4>::new(comptime!(4 + read_rows));
+        #[unroll]
+        for r in 0..comptime!(4 + read_rows) {
+            acc[r] = F4::new(0.0f32);
+        }
+        for s in 0..comptime!(bp.slices()) {
+            let at = s * SLICE4;
+            load_columns(
+                scratch, record + at * chunk, &mut operand, 0usize, here, chunk, chunk, SLICE4, SLICE_LD, units,
+            );
+            load_columns(
+                scratch,
+                record + comptime!(bp.qg_at()) + at * reads,
+                &mut operand,
+                chunk,
+                reads_here,
+                reads,
+                comptime!(read_rows * rows),
+                SLICE4,
+                SLICE_LD,
+                units,
+            );
+            sync_cube();
+            mma_ab(
+                &mut acc, &operand, ty, &state, s * SLICE, tx, 0usize, comptime!(4 + read_rows), rows, SLICE,
+                SLICE_LD, cols,
+            );
+            sync_cube();
+        }
+
+        // R = V - Kg S
+        #[unroll]
+        for r in 0..4usize {
+            let row = ty + r * rows;
+            let at = v_at.at(seq.row, seq.start * n_h + step0 + row, hv);
+            writes[row * cols + tx] = load4(v, at, channel, row < here, bp.value_dim) - acc[r];
+            acc[r] = F4::new(0.0f32);
+        }
+        load_rows(
+            scratch, record + comptime!(bp.t_at()), &mut operand, chunk, chunk, comptime!(chunk / 4), ld, units,
+        );
+        sync_cube();
+
+        // N = T R
+        mma_ab(&mut acc, &operand, ty, &writes, 0usize, tx, 0usize, 4usize, rows, chunk, ld, cols);
+        sync_cube();
+        #[unroll]
+        for r in 0..4usize {
+            writes[(ty + r * rows) * cols + tx] = acc[r];
+        }
+        load_rows(
+            scratch,
+            record + comptime!(bp.p_at()),
+            &mut operand,
+            reads_here,
+            comptime!(read_rows * rows),
+            comptime!(chunk / 4),
+            ld,
+            units,
+        );
+        sync_cube();
+
+        // O = Qg S + P N
+        mma_ab(&mut acc, &operand, ty, &writes, 0usize, tx, 4usize, read_rows, rows, chunk, ld, cols);
+        #[unroll]
+        for r in 0..read_rows {
+            let row = ty + r * rows;
+            if row < reads_here {
+                store4(o, o_at.at(seq.row, seq.start + first_read + row, hv), channel, acc[4 + r], bp.value_dim);
+            }
+        }
+
+        // S <- gamma S + Kd^T N
+        for s in 0..comptime!(bp.slices()) {
+            sync_cube();
+            load_columns(
+                scratch,
+                record + comptime!(bp.kd_at()) + s * SLICE4 * chunk,
+                &mut operand,
+                0usize,
+                here,
+                chunk,
+                chunk,
+                SLICE4,
+                SLICE_LD,
+                units,
+            );
+            sync_cube();
+            let mut c = ty;
+            while c < SLICE4 {
+                let gamma = scratch[record + comptime!(bp.gamma_at()) + s * SLICE4 + c];
+                let first = (s * SLICE + 4 * c) * cols + tx;
+                let mut tile = Array::<F4>::new(4usize);
+                #[unroll]
+                for e in 0..4usize {
+                    tile[e] = state[first + e * cols] * F4::new(gamma[e]);
+                }
+                mma_atb(&mut tile, &operand, c, &writes, tx, chunk, SLICE_LD, cols);
+                #[unroll]
+                for e in 0..4usize {
+                    state[first + e * cols] = tile[e];
+                }
+                c += rows;
+            }
+        }
+        sync_cube();
+        step0 += chunk;
+        id += 1;
+    }
+
+    // A unit wrote other rows than it stores, and an empty sequence has passed no barrier.
+    sync_cube();
+    let mut key = ty;
+    while key < bp.key_dim {
+        let s = state[key * cols + tx];
+        let at = n * final_at.n as usize + hv * final_at.h as usize + key * final_at.k as usize;
+        #[unroll]
+        for e in 0..4usize {
+            if channel + e < bp.value_dim {
+                final_state[at + (channel + e) * final_at.v as usize] = s[e];
+            }
+        }
+        key += rows;
+    }
+}

@@ -1,0 +1,151 @@
+//! From a problem and a device's properties to a blueprint, a table of sequences and passes.
+
+use cubecl::prelude::*;
+use delta_rule_kernels as kernels;
+use delta_rule_kernels::Blueprint;
+
+use super::f32_type;
+use super::tensors::binding_limit;
+use crate::{BetaTransform, Decay, Error, GateTransform, Options, Problem, Result};
+
+/// Scratch beyond this is worked off in several passes over the heads.
+const MAX_SCRATCH: u64 = 1 << 30;
+
+/// Units per row in `prepare`: 32 rows make 128 units, well inside every device's limit.
+const PARTS: usize = 4;
+
+/// All that is decided on the host before the kernels are launched.
+pub(super) struct Plan {
+    pub(super) blueprint: Blueprint,
+    /// `[row, first token, tokens, first chunk]` of every sequence, then the sequence of every chunk.
+    pub(super) table: Vec<u32>,
+    pub(super) chunks: usize,
+    pub(super) scratch_bytes: usize,
+    value_heads: usize,
+    heads_per_pass: usize,
+    max_cubes: u32,
+}
+
+impl Plan {
+    pub(super) fn new<R: Runtime>(
+        client: &ComputeClient<R>,
+        problem: &Problem,
+        options: &Options,
+        has_bias: bool,
+        has_initial_state: bool,
+    ) -> Result<Self> {
+        let blueprint = blueprint(client, problem, options, has_bias, has_initial_state)?;
+        let chunks_of = |n| (problem.sequence(n).len * problem.rule().micro_steps).div_ceil(blueprint.chunk);
+        let chunks: usize = (0..problem.sequences()).map(chunks_of).sum();
+        let too_large = |bytes, limit| Error::BufferTooLarge { tensor: "scratch", bytes, limit };
+        let entries = 4 * problem.sequences() as u64 + chunks as u64;
+        if entries > u32::MAX as u64 {
+            return Err(too_large(4 * entries, 4 * u32::MAX as u64));
+        }
+
+        let mut table = Vec::with_capacity(entries as usize);
+        let mut first = 0;
+        for n in 0..problem.sequences() {
+            let s = problem.sequence(n);
+            table.extend([s.row as u32, s.start as u32, s.len as u32, first]);
+            first += chunks_of(n) as u32;
+        }
+        for n in 0..problem.sequences() {
+            table.extend(std::iter::repeat_n(n as u32, chunks_of(n)));
+        }
+
+        let value_heads = problem.shape().value_heads;
+        let per_head = (chunks * blueprint.record_bytes()) as u64;
+        let device_limit = binding_limit(client, f32_type());
+        let limit = device_limit.min(MAX_SCRATCH.max(per_head));
+        let heads_per_pass = if per_head == 0 { value_heads } else { (limit / per_head) as usize };
+        if heads_per_pass == 0 {
+            return Err(too_large(per_head, device_limit));
+        }
+        // Passes of equal size: a small last one would leave the device idle.
+        let passes = value_heads.div_ceil(heads_per_pass.min(value_heads));
+        let heads_per_pass = value_heads.div_ceil(passes);
+        let scratch_bytes = per_head as usize * heads_per_pass;
+        let max_cubes = client.properties().hardware.max_cube_count.0;
+        Ok(Self { blueprint, table, chunks, scratch_bytes, value_heads, heads_per_pass, max_cubes })
+    }
+
+    pub(super) fn table_bytes(&self) -> Vec<u8> {
+        self.table.iter().flat_map(|x| x.to_ne_bytes()).collect()
+    }
+
+    /// `(first head, heads)` of every pass.
+    pub(super) fn passes(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        let step = self.heads_per_pass;
+        (0..self.value_heads).step_by(step).map(move |h| (h, step.min(self.value_heads - h)))
+    }
+
+    /// A grid of at least `n` cubes, numbered along x, then y.
+    pub(super) fn cubes(&self, n: usize) -> CubeCount {
+        let x = n.clamp(1, self.max_cubes as usize);
+        CubeCount::Static(x as u32, n.div_ceil(x).max(1) as u32, 1)
+    }
+}
+
+fn blueprint<R: Runtime>(
+    client: &ComputeClient<R>,
+    problem: &Problem,
+    options: &Options,
+    has_bias: bool,
+    has_initial_state: bool,
+) -> Result<Blueprint> {
+    let chunks: &[usize] = match options.chunk_size {
+        None => &[32, 16],
+        Some(16) => &[16],
+        Some(32) => &[32],
+        Some(got) => return Err(Error::ChunkSize { got, supported: "the GPU kernels take 16 or 32" }),
+    };
+    let shape = problem.shape();
+    let base = Blueprint {
+        decay: match problem.rule().decay {
+            Decay::None => kernels::Decay::None,
+            Decay::Head => kernels::Decay::Head,
+            Decay::Channel => kernels::Decay::Channel,
+        },
+        micro_steps: problem.rule().micro_steps,
+        key_dim: shape.key_dim,
+        value_dim: shape.value_dim,
+        chunk: 0,
+        value_tile: 0,
+        parts: PARTS,
+        qk_l2norm: options.qk_l2norm,
+        beta: match options.beta {
+            BetaTransform::Identity => kernels::BetaMap::Identity,
+            BetaTransform::Sigmoid => kernels::BetaMap::Sigmoid,
+            BetaTransform::TwoSigmoid => kernels::BetaMap::TwoSigmoid,
+        },
+        gate: match options.gate {
+            GateTransform::Identity => kernels::GateMap::Identity,
+            GateTransform::Softplus => kernels::GateMap::Softplus,
+            GateTransform::Bounded { .. } => kernels::GateMap::Bounded,
+        },
+        has_bias,
+        has_initial_state,
+    };
+    let hardware = &client.properties().hardware;
+    let fits = |bp: &Blueprint| {
+        bp.shared_memory() <= hardware.max_shared_memory_size
+            && bp.prepare_units().max(bp.scan_units()) <= hardware.max_units_per_cube as usize
+    };
+    let widest = shape.value_dim.next_multiple_of(16).min(MAX_VALUE_TILE);
+    chunks
+        .iter()
+        .flat_map(|&chunk| [64, 32, 16].map(|value_tile| Blueprint { chunk, value_tile, ..base }))
+        .filter(|bp| bp.value_tile <= widest.next_power_of_two())
+        .find(fits)
+        .ok_or_else(|| Error::Device {
+            what: format!(
+                "K = {} needs more than the {} bytes of shared memory that one cube has",
+                shape.key_dim, hardware.max_shared_memory_size
+            ),
+        })
+}
+
+/// Value channels of one scan cube at most; wider tiles read K and Q less often, narrower ones fill the
+/// device sooner.
+const MAX_VALUE_TILE: usize = 32;
