@@ -35,14 +35,36 @@ fn run<R: Runtime>(client: &ComputeClient<R>) {
         let beta: Vec<f32> = mk(Ident::Beta).iter().map(|x| (x + 1.0) * bmax / 2.0).collect();
         let g: Vec<f32> = mk(Ident::G).iter().map(|x| -(x + 1.0) * gs).collect();
         let h0 = mk(Ident::InitialState);
-        let o = Options::new();
+        let o = match std::env::var("C") { Ok(c) => Options::new().with_chunk_size(c.parse().unwrap()), _ => Options::new() };
         let x = Inputs { g: (rule.decay != Decay::None).then_some(&g[..]), initial_state: Some(&h0), ..Inputs::new(&q, &k, &v, &beta) };
         let want = naive(&p, &o, &x);
-        let t = std::time::Instant::now();
+        let t = std::time::Instant::now(); if let Ok(n) = std::env::var("ONLY") { if n != format!("{}", shape.tokens) { continue; } }
         match forward_host(client, HostDType::F32, &p, &o, &x) { Ok(got) => println!("{rule:?} {shape:?}: o {:.1e} state {:.1e} {:?}", err(&got.o, &want.0), err(&got.final_state, &want.1), t.elapsed()), Err(e) => println!("{rule:?}: {e}") }
     }
 }
 fn main() { 
-    let client = cubecl::wgpu::WgpuRuntime::client(&cubecl::wgpu::WgpuDevice::DefaultDevice);
-    run(&client);
+    let what = std::env::args().nth(1).unwrap_or("wgpu".into()); let b = std::env::args().nth(2).is_some();
+    if what == "wgpu" { let client = cubecl::wgpu::WgpuRuntime::client(&cubecl::wgpu::WgpuDevice::DefaultDevice); if b { bench(&client, "wgpu") } else { run(&client); } }
+    #[cfg(feature = "cuda")]
+    if what == "cuda" { let client = cubecl::cuda::CudaRuntime::client(&Default::default()); if b { bench(&client, "cuda") } else { run(&client); } }
+}
+fn bench<R: Runtime>(client: &ComputeClient<R>, name: &str) {
+    for (rule, rn) in [(Rule::deltanet(), "dn"), (Rule::gated_deltanet(), "gdn"), (Rule::kda(), "kda"), (Rule::delta_product(2), "dp2")] {
+        if std::env::var("RULES").map_or(false, |r| !r.contains(rn)) { continue; }
+        for (b, t, h) in [(8usize, 2048usize, 32usize), (1, 8192, 32)] {
+        let shape = Shape { batch: b, tokens: t, heads: h, value_heads: h, key_dim: 128, value_dim: 128 };
+        let p = Problem::new(rule, shape).unwrap();
+        let f = f32::as_type_native_unchecked().storage_type();
+        let mk = |i: Ident, s: f32, off: f32| { let n = p.len_of(i); let mut seed = 7u32; let v: Vec<f32> = (0..n).map(|_| { seed = seed.wrapping_mul(1664525).wrapping_add(1013904223); ((seed >> 8) as f32 / (1 << 24) as f32 - 0.5) * s + off }).collect();
+            cubecl::std::tensor::TensorHandle::<R>::new_contiguous(p.shape_of(i), client.create_from_slice(f32::as_bytes(&v)), f) };
+        let (q, k, v, beta, g) = (mk(Ident::Q, 0.3, 0.), mk(Ident::K, 0.3, 0.), mk(Ident::V, 2., 0.), mk(Ident::Beta, 1., 0.5), mk(Ident::G, 0.1, -0.05));
+        let ins = || DeviceInputs { g: (rule.decay != Decay::None).then(|| g.clone().binding()), ..DeviceInputs::new(q.clone().binding(), k.clone().binding(), v.clone().binding(), beta.clone().binding()) };
+        let out = forward(client, &p, &Options::new(), ins(), DTypes::all(f)).unwrap();
+        cubecl::future::block_on(client.sync()).unwrap();
+        let mut best = f64::MAX;
+        for _ in 0..3 { let s = std::time::Instant::now(); let n = 5; for _ in 0..n { forward_into(client, &p, &Options::new(), ins(), DTypes::all(f), out.o.clone().binding(), out.final_state.clone().binding()).unwrap(); }
+            cubecl::future::block_on(client.sync()).unwrap(); best = best.min(s.elapsed().as_secs_f64() / n as f64); }
+        println!("{name} {rn} B{b} T{t} H{h}: {:.3} ms {:.2} ns/th", best * 1e3, best * 1e9 / (b * t * h) as f64);
+        }
+    }
 }

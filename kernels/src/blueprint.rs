@@ -55,6 +55,8 @@ pub struct Blueprint {
     pub chunk: usize,
     /// Value channels of one cube of `scan`, a multiple of 4.
     pub value_tile: usize,
+    /// Rows of N that one unit of `scan` holds, each four columns wide: 1, 2 or 4.
+    pub unit_rows: usize,
     /// Units per row in `prepare`, each taking its share of the channels.
     pub parts: usize,
     /// Whether q and k are L2-normalised first.
@@ -85,7 +87,7 @@ impl Blueprint {
         self.chunk * self.parts
     }
 
-    /// Units of a `scan` cube: one for each 4 x 4 tile of N.
+    /// Units of a `scan` cube: one for each `unit_rows` x 4 tile of N.
     pub fn scan_units(&self) -> usize {
         self.tile_rows() * self.tile_cols()
     }
@@ -118,7 +120,7 @@ impl Blueprint {
     }
 
     pub(crate) fn tile_rows(&self) -> usize {
-        self.chunk / 4
+        self.chunk / self.unit_rows
     }
 
     pub(crate) fn tile_cols(&self) -> usize {
@@ -130,18 +132,24 @@ impl Blueprint {
         self.reads().div_ceil(self.tile_rows())
     }
 
+    /// Rows of a slice of the state that one unit updates.
+    pub(crate) fn state_rows(&self) -> usize {
+        SLICE.div_ceil(self.tile_rows())
+    }
+
     /// Row length, in four-vectors, of a C-column matrix in shared memory.
     pub(crate) fn square_ld(&self) -> usize {
         self.chunk / 4 + 1
     }
 
-    /// Four-vectors of the operand buffer of `scan`: a slice of [Kg; Qg], or T, or P.
+    /// Four-vectors of the operand buffer of `scan`: a slice of [Kg; Qg] or of Kd^T, or T, or P.
     pub(crate) fn operand_vectors(&self) -> usize {
         let stacked = self.chunk + self.read_rows() * self.tile_rows();
-        (stacked * SLICE_LD).max(self.chunk * self.square_ld())
+        (stacked * SLICE_LD).max(self.chunk.max(SLICE) * self.square_ld())
     }
 
-    // The record of one chunk and head, in four-vectors: Kg, Kd, Qg (channel-major), gamma, T, P (row-major).
+    // The record of one chunk and head, in four-vectors: Kg and Qg as [K/4][rows] vectors of four channels,
+    // the rest row-major: Kd^T [K, C], gamma [K], T [C, C], P [reads, C].
 
     pub(crate) fn kd_at(&self) -> usize {
         self.chunk * self.padded_key_dim() / 4

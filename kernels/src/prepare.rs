@@ -23,8 +23,8 @@ struct Chunk {
 
 /// Fills the record of every chunk of heads `first_head..first_head + heads`.
 ///
-/// Cube `p` takes chunk `p / heads` and head `first_head + p % heads`. `table` lists the sequences (see
-/// `record.rs`), then the sequence of every chunk. `q` is multiplied by `scale`. Tensors that the blueprint
+/// Cube `p` takes chunk `p / heads` and head `first_head + p % heads`. `scratch_scalars` is `scratch` again.
+/// `table` lists the sequences (see `record.rs`), then the sequence of every chunk. `q` is multiplied by `scale`. Tensors that the blueprint
 /// does not mention may be any buffer.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
@@ -37,6 +37,7 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
     dt_bias: &Array<f32>,
     table: &Array<u32>,
     scratch: &mut Array<F4>,
+    scratch_scalars: &mut Array<f32>,
     q_at: Strides,
     k_at: Strides,
     beta_at: Strides,
@@ -187,7 +188,12 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
                 whole = after * decays[c];
             }
             scratch[record + channel * chunk + i] = end.k * F4::new(from_start);
-            scratch[record + comptime!(bp.kd_at()) + channel * chunk + i] = key * after;
+            let kd = key * after;
+            #[unroll]
+            for e in 0..4usize {
+                let at = (record + comptime!(bp.kd_at())) * 4 + (4 * channel + e) * chunk + i;
+                scratch_scalars[at] = kd[e];
+            }
             if is_read {
                 scratch[record + comptime!(bp.qg_at()) + channel * reads + token - first_read] =
                     end.q * F4::new(from_start);

@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use crate::blueprint::{Blueprint, SLICE, SLICE_LD, SLICE4};
 use crate::record::{F4, Strides, load4, sequence, store4};
-use crate::tile::{load_columns, load_rows, mma_ab, mma_atb};
+use crate::tile::{load_columns, load_rows, mma};
 
 /// Element strides of a state `[N, HV, K, V]` in any layout.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
@@ -20,6 +20,7 @@ pub struct StateStrides {
 }
 
 /// Reads the records of [`prepare`](crate::prepare::prepare) and writes o and the final state.
+/// `scratch_scalars` is `scratch` again.
 ///
 /// Cube `p` takes value tile `p % tiles`, head `first_head + p / tiles % heads` and sequence
 /// `p / (tiles * heads)`.
@@ -28,6 +29,7 @@ pub struct StateStrides {
 pub fn scan<F: Float, N: Size>(
     v: &Array<Vector<F, N>>,
     scratch: &Array<F4>,
+    scratch_scalars: &Array<f32>,
     initial_state: &Array<f32>,
     table: &Array<u32>,
     o: &mut Array<Vector<F, N>>,
@@ -52,7 +54,9 @@ pub fn scan<F: Float, N: Size>(
     let units = comptime!(bp.scan_units());
     let rows = comptime!(bp.tile_rows());
     let cols = comptime!(bp.tile_cols());
+    let held = comptime!(bp.unit_rows);
     let read_rows = comptime!(bp.read_rows());
+    let state_rows = comptime!(bp.state_rows());
     let ld = comptime!(bp.square_ld());
     let padded = comptime!(bp.padded_key_dim());
 
@@ -96,9 +100,9 @@ pub fn scan<F: Float, N: Size>(
         let record = (id * heads as usize + head) * comptime!(bp.record_vectors());
 
         // [Kg; Qg] S, rows of Kg first.
-        let mut acc = Array::<F4>::new(comptime!(4 + read_rows));
+        let mut acc = Array::<F4>::new(comptime!(held + read_rows));
         #[unroll]
-        for r in 0..comptime!(4 + read_rows) {
+        for r in 0..comptime!(held + read_rows) {
             acc[r] = F4::new(0.0f32);
         }
         for s in 0..comptime!(bp.slices()) {
@@ -119,8 +123,8 @@ pub fn scan<F: Float, N: Size>(
                 units,
             );
             sync_cube();
-            mma_ab(
-                &mut acc, &operand, ty, &state, s * SLICE, tx, 0usize, comptime!(4 + read_rows), rows, SLICE,
+            mma(
+                &mut acc, &operand, ty, &state, s * SLICE, tx, 0usize, comptime!(held + read_rows), rows, SLICE,
                 SLICE_LD, cols,
             );
             sync_cube();
@@ -128,7 +132,7 @@ pub fn scan<F: Float, N: Size>(
 
         // R = V - Kg S
         #[unroll]
-        for r in 0..4usize {
+        for r in 0..held {
             let row = ty + r * rows;
             let at = v_at.at(seq.row, seq.start * n_h + step0 + row, hv);
             writes[row * cols + tx] = load4(v, at, channel, row < here, bp.value_dim) - acc[r];
@@ -140,10 +144,10 @@ pub fn scan<F: Float, N: Size>(
         sync_cube();
 
         // N = T R
-        mma_ab(&mut acc, &operand, ty, &writes, 0usize, tx, 0usize, 4usize, rows, chunk, ld, cols);
+        mma(&mut acc, &operand, ty, &writes, 0usize, tx, 0usize, held, rows, chunk, ld, cols);
         sync_cube();
         #[unroll]
-        for r in 0..4usize {
+        for r in 0..held {
             writes[(ty + r * rows) * cols + tx] = acc[r];
         }
         load_rows(
@@ -159,46 +163,42 @@ pub fn scan<F: Float, N: Size>(
         sync_cube();
 
         // O = Qg S + P N
-        mma_ab(&mut acc, &operand, ty, &writes, 0usize, tx, 4usize, read_rows, rows, chunk, ld, cols);
+        mma(&mut acc, &operand, ty, &writes, 0usize, tx, held, read_rows, rows, chunk, ld, cols);
         #[unroll]
         for r in 0..read_rows {
             let row = ty + r * rows;
             if row < reads_here {
-                store4(o, o_at.at(seq.row, seq.start + first_read + row, hv), channel, acc[4 + r], bp.value_dim);
+                store4(o, o_at.at(seq.row, seq.start + first_read + row, hv), channel, acc[held + r], bp.value_dim);
             }
         }
 
         // S <- gamma S + Kd^T N
         for s in 0..comptime!(bp.slices()) {
             sync_cube();
-            load_columns(
+            load_rows(
                 scratch,
-                record + comptime!(bp.kd_at()) + s * SLICE4 * chunk,
+                record + comptime!(bp.kd_at()) + s * comptime!(SLICE * chunk / 4),
                 &mut operand,
-                0usize,
-                here,
-                chunk,
-                chunk,
-                SLICE4,
-                SLICE_LD,
+                SLICE,
+                SLICE,
+                comptime!(chunk / 4),
+                ld,
                 units,
             );
             sync_cube();
-            let mut c = ty;
-            while c < SLICE4 {
-                let gamma = scratch[record + comptime!(bp.gamma_at()) + s * SLICE4 + c];
-                let first = (s * SLICE + 4 * c) * cols + tx;
-                let mut tile = Array::<F4>::new(4usize);
+            if ty < SLICE {
+                let mut tile = Array::<F4>::new(state_rows);
                 #[unroll]
-                for e in 0..4usize {
-                    tile[e] = state[first + e * cols] * F4::new(gamma[e]);
+                for r in 0..state_rows {
+                    let key = s * SLICE + ty + r * rows;
+                    let gamma = scratch_scalars[(record + comptime!(bp.gamma_at())) * 4 + key];
+                    tile[r] = state[key * cols + tx] * F4::new(gamma);
                 }
-                mma_atb(&mut tile, &operand, c, &writes, tx, chunk, SLICE_LD, cols);
+                mma(&mut tile, &operand, ty, &writes, 0usize, tx, 0usize, state_rows, rows, chunk, ld, cols);
                 #[unroll]
-                for e in 0..4usize {
-                    state[first + e * cols] = tile[e];
+                for r in 0..state_rows {
+                    state[(s * SLICE + ty + r * rows) * cols + tx] = tile[r];
                 }
-                c += rows;
             }
         }
         sync_cube();

@@ -10,7 +10,7 @@ use crate::record::F4;
 /// `acc[r] += A[row0 + r * step, 0..depth] B[b0.., col]`: A row-major with `lda` vectors per row, B
 /// row-major with `ldb`, both in four-vectors; `depth` is a multiple of 4.
 #[cube]
-pub(crate) fn mma_ab(
+pub(crate) fn mma(
     acc: &mut Array<F4>,
     a: &SharedMemory<F4>,
     row0: usize,
@@ -39,29 +39,6 @@ pub(crate) fn mma_ab(
             s = fma(F4::new(y[2]), x2, s);
             s = fma(F4::new(y[3]), x3, s);
             acc[first + r] = s;
-        }
-    }
-}
-
-/// `acc[e] += A[0..depth, 4 * col_a + e]^T B[0..depth, col]` for `e` in `0..4`: both stored with the summed
-/// index as their row.
-#[cube]
-pub(crate) fn mma_atb(
-    acc: &mut Array<F4>,
-    a: &SharedMemory<F4>,
-    col_a: usize,
-    b: &SharedMemory<F4>,
-    col: usize,
-    #[comptime] depth: usize,
-    #[comptime] lda: usize,
-    #[comptime] ldb: usize,
-) {
-    for d in 0..depth {
-        let y = a[d * lda + col_a];
-        let x = b[d * ldb + col];
-        #[unroll]
-        for e in 0..4usize {
-            acc[e] = fma(F4::new(y[e]), x, acc[e]);
         }
     }
 }

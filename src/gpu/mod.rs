@@ -131,7 +131,7 @@ pub fn forward_into<R: Runtime>(
 
     for (first_head, heads) in plan.passes() {
         let scratch_arg = || array(&scratch, plan.scratch_bytes / 4);
-        if plan.chunks > 0 {
+        if plan.chunks > 0 && std::env::var("DR_ONLY").map_or(true, |x| x != "scan") {
             // Safety: every index lies inside its buffer, as `checked` has found from shapes and strides.
             unsafe {
                 prepare::launch_unchecked::<R>(
@@ -146,6 +146,7 @@ pub fn forward_into<R: Runtime>(
                     arg(a_log.as_ref()),
                     arg(dt_bias.as_ref()),
                     table_arg(),
+                    scratch_arg(),
                     scratch_arg(),
                     at(Some(&q)),
                     at(Some(&k)),
@@ -164,13 +165,14 @@ pub fn forward_into<R: Runtime>(
             }
         }
         // Safety: as above.
-        unsafe {
+        if std::env::var("DR_ONLY").map_or(true, |x| x != "prepare") { unsafe {
             scan::launch_unchecked::<R>(
                 client,
                 plan.cubes(problem.sequences() * heads * bp.value_tiles()),
                 CubeDim::new_1d(bp.scan_units() as u32),
                 vector,
                 arg(Some(&v)),
+                scratch_arg(),
                 scratch_arg(),
                 arg(initial_state.as_ref()),
                 table_arg(),
@@ -186,7 +188,7 @@ pub fn forward_into<R: Runtime>(
                 bp,
                 dtypes.data,
             );
-        }
+        } }
     }
     Ok(())
 }

@@ -112,7 +112,8 @@ fn blueprint<R: Runtime>(
         value_dim: shape.value_dim,
         chunk: 0,
         value_tile: 0,
-        parts: PARTS,
+        unit_rows: std::env::var("DR_ROWS").map_or(4, |x| x.parse().unwrap()),
+        parts: std::env::var("DR_PARTS").map_or(PARTS, |x| x.parse().unwrap()),
         qk_l2norm: options.qk_l2norm,
         beta: match options.beta {
             BetaTransform::Identity => kernels::BetaMap::Identity,
@@ -132,7 +133,7 @@ fn blueprint<R: Runtime>(
         bp.shared_memory() <= hardware.max_shared_memory_size
             && bp.prepare_units().max(bp.scan_units()) <= hardware.max_units_per_cube as usize
     };
-    let widest = shape.value_dim.next_multiple_of(16).min(MAX_VALUE_TILE);
+    let widest = shape.value_dim.next_multiple_of(16).min(std::env::var("DR_TILE").ok().map_or(MAX_VALUE_TILE, |x| x.parse().unwrap()));
     chunks
         .iter()
         .flat_map(|&chunk| [64, 32, 16].map(|value_tile| Blueprint { chunk, value_tile, ..base }))
