@@ -106,8 +106,7 @@ impl Blueprint {
             + (4 + 2 * self.parts) * self.chunk * f;
         let state = self.padded_key_dim() * self.value_tile * f;
         let writes = self.chunk * self.value_tile * f;
-        let operands = self.operand_vectors() * 4 * f;
-        prepare.max(state + writes + operands)
+        prepare.max(state + writes)
     }
 
     /// Bytes of scratch per chunk and value head.
@@ -132,24 +131,13 @@ impl Blueprint {
         self.reads().div_ceil(self.tile_rows())
     }
 
-    /// Rows of a slice of the state that one unit updates.
+    /// Rows of the state that one unit updates at a time: as many as fit its registers and divide K.
     pub(crate) fn state_rows(&self) -> usize {
-        SLICE.div_ceil(self.tile_rows())
+        (SLICE / self.tile_rows()).clamp(1, 4)
     }
 
-    /// Row length, in four-vectors, of a C-column matrix in shared memory.
-    pub(crate) fn square_ld(&self) -> usize {
-        self.chunk / 4 + 1
-    }
-
-    /// Four-vectors of the operand buffer of `scan`: a slice of [Kg; Qg] or of Kd^T, or T, or P.
-    pub(crate) fn operand_vectors(&self) -> usize {
-        let stacked = self.chunk + self.read_rows() * self.tile_rows();
-        (stacked * SLICE_LD).max(self.chunk.max(SLICE) * self.square_ld())
-    }
-
-    // The record of one chunk and head, in four-vectors: Kg and Qg as [K/4][rows] vectors of four channels,
-    // the rest row-major: Kd^T [K, C], gamma [K], T [C, C], P [reads, C].
+    // The record of one chunk and head, in four-vectors, blocked by depth as `tile::mma` reads it: Kg [C, K],
+    // Kd^T [K, C], Qg [reads, K], gamma [K], T [C, C], P [reads, C].
 
     pub(crate) fn kd_at(&self) -> usize {
         self.chunk * self.padded_key_dim() / 4

@@ -60,6 +60,7 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
     let n_h = comptime!(bp.micro_steps);
     let reads = comptime!(bp.reads());
     let ld = comptime!(chunk + 1);
+    let padded = comptime!(bp.padded_key_dim());
     let per_channel = comptime!(bp.decay == Decay::Channel);
     let decays_len = comptime!(if per_channel { chunk * SLICE_LD } else { 1 });
 
@@ -191,8 +192,8 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
             let kd = key * after;
             #[unroll]
             for e in 0..4usize {
-                let at = (record + comptime!(bp.kd_at())) * 4 + (4 * channel + e) * chunk + i;
-                scratch_scalars[at] = kd[e];
+                let at = record + comptime!(bp.kd_at()) + i / 4 * padded + 4 * channel + e;
+                scratch_scalars[4 * at + i % 4] = kd[e];
             }
             if is_read {
                 scratch[record + comptime!(bp.qg_at()) + channel * reads + token - first_read] =
@@ -237,19 +238,19 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
 
     let mut x = unit;
     while x < comptime!(chunk * chunk / 4) {
-        let row = x / comptime!(chunk / 4);
-        let col = x % comptime!(chunk / 4) * 4;
+        let row = x % chunk;
+        let block = x / chunk;
         let mut a = F4::new(0.0f32);
         let mut b = F4::new(0.0f32);
         #[unroll]
         for e in 0..4usize {
-            a[e] = t[row * ld + col + e] * betas[col + e];
-            b[e] = aqk[row * ld + col + e];
+            a[e] = t[row * ld + 4 * block + e] * betas[4 * block + e];
+            b[e] = aqk[row * ld + 4 * block + e];
         }
         scratch[record + comptime!(bp.t_at()) + x] = a;
         if row < here.rows && (step0 + row + 1) % n_h == 0 {
             let read = (step0 + row) / n_h - first_read;
-            scratch[record + comptime!(bp.p_at()) + read * comptime!(chunk / 4) + col / 4] = b;
+            scratch[record + comptime!(bp.p_at()) + block * reads + read] = b;
         }
         x += units;
     }

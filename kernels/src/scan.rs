@@ -2,9 +2,9 @@
 
 use cubecl::prelude::*;
 
-use crate::blueprint::{Blueprint, SLICE, SLICE_LD, SLICE4};
+use crate::blueprint::Blueprint;
 use crate::record::{F4, Strides, load4, sequence, store4};
-use crate::tile::{load_columns, load_rows, mma};
+use crate::tile::mma;
 
 /// Element strides of a state `[N, HV, K, V]` in any layout.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
@@ -51,18 +51,15 @@ pub fn scan<F: Float, N: Size>(
     let chunk = comptime!(bp.chunk);
     let reads = comptime!(bp.reads());
     let n_h = comptime!(bp.micro_steps);
-    let units = comptime!(bp.scan_units());
     let rows = comptime!(bp.tile_rows());
     let cols = comptime!(bp.tile_cols());
     let held = comptime!(bp.unit_rows);
     let read_rows = comptime!(bp.read_rows());
     let state_rows = comptime!(bp.state_rows());
-    let ld = comptime!(bp.square_ld());
     let padded = comptime!(bp.padded_key_dim());
 
     let mut state = SharedMemory::<F4>::new(padded * cols);
     let mut writes = SharedMemory::<F4>::new(chunk * cols);
-    let mut operand = SharedMemory::<F4>::new(comptime!(bp.operand_vectors()));
 
     let head = CUBE_POS / tiles % heads as usize;
     let hv = first_head as usize + head;
@@ -91,6 +88,7 @@ pub fn scan<F: Float, N: Size>(
         key += rows;
     }
 
+    sync_cube();
     let mut step0 = 0usize;
     let mut id = seq.first_chunk;
     while step0 < steps {
@@ -105,30 +103,11 @@ pub fn scan<F: Float, N: Size>(
         for r in 0..comptime!(held + read_rows) {
             acc[r] = F4::new(0.0f32);
         }
-        for s in 0..comptime!(bp.slices()) {
-            let at = s * SLICE4;
-            load_columns(
-                scratch, record + at * chunk, &mut operand, 0usize, here, chunk, chunk, SLICE4, SLICE_LD, units,
-            );
-            load_columns(
-                scratch,
-                record + comptime!(bp.qg_at()) + at * reads,
-                &mut operand,
-                chunk,
-                reads_here,
-                reads,
-                comptime!(read_rows * rows),
-                SLICE4,
-                SLICE_LD,
-                units,
-            );
-            sync_cube();
-            mma(
-                &mut acc, &operand, ty, &state, s * SLICE, tx, 0usize, comptime!(held + read_rows), rows, SLICE,
-                SLICE_LD, cols,
-            );
-            sync_cube();
-        }
+        mma(&mut acc, scratch, record, ty, &state, tx, 0usize, held, rows, chunk, padded, cols);
+        mma(
+            &mut acc, scratch, record + comptime!(bp.qg_at()), ty, &state, tx, held, read_rows, rows, reads, padded,
+            cols,
+        );
 
         // R = V - Kg S
         #[unroll]
@@ -138,76 +117,58 @@ pub fn scan<F: Float, N: Size>(
             writes[row * cols + tx] = load4(v, at, channel, row < here, bp.value_dim) - acc[r];
             acc[r] = F4::new(0.0f32);
         }
-        load_rows(
-            scratch, record + comptime!(bp.t_at()), &mut operand, chunk, chunk, comptime!(chunk / 4), ld, units,
-        );
         sync_cube();
 
         // N = T R
-        mma(&mut acc, &operand, ty, &writes, 0usize, tx, 0usize, held, rows, chunk, ld, cols);
+        mma(
+            &mut acc, scratch, record + comptime!(bp.t_at()), ty, &writes, tx, 0usize, held, rows, chunk, chunk,
+            cols,
+        );
         sync_cube();
         #[unroll]
         for r in 0..held {
             writes[(ty + r * rows) * cols + tx] = acc[r];
         }
-        load_rows(
-            scratch,
-            record + comptime!(bp.p_at()),
-            &mut operand,
-            reads_here,
-            comptime!(read_rows * rows),
-            comptime!(chunk / 4),
-            ld,
-            units,
-        );
         sync_cube();
 
         // O = Qg S + P N
-        mma(&mut acc, &operand, ty, &writes, 0usize, tx, held, read_rows, rows, chunk, ld, cols);
+        mma(
+            &mut acc, scratch, record + comptime!(bp.p_at()), ty, &writes, tx, held, read_rows, rows, reads, chunk,
+            cols,
+        );
         #[unroll]
         for r in 0..read_rows {
             let row = ty + r * rows;
             if row < reads_here {
-                store4(o, o_at.at(seq.row, seq.start + first_read + row, hv), channel, acc[held + r], bp.value_dim);
+                let at = o_at.at(seq.row, seq.start + first_read + row, hv);
+                store4(o, at, channel, acc[held + r], bp.value_dim);
             }
         }
 
-        // S <- gamma S + Kd^T N
-        for s in 0..comptime!(bp.slices()) {
-            sync_cube();
-            load_rows(
-                scratch,
-                record + comptime!(bp.kd_at()) + s * comptime!(SLICE * chunk / 4),
-                &mut operand,
-                SLICE,
-                SLICE,
-                comptime!(chunk / 4),
-                ld,
-                units,
-            );
-            sync_cube();
-            if ty < SLICE {
-                let mut tile = Array::<F4>::new(state_rows);
-                #[unroll]
-                for r in 0..state_rows {
-                    let key = s * SLICE + ty + r * rows;
-                    let gamma = scratch_scalars[(record + comptime!(bp.gamma_at())) * 4 + key];
-                    tile[r] = state[key * cols + tx] * F4::new(gamma);
-                }
-                mma(&mut tile, &operand, ty, &writes, 0usize, tx, 0usize, state_rows, rows, chunk, ld, cols);
-                #[unroll]
-                for r in 0..state_rows {
-                    state[(s * SLICE + ty + r * rows) * cols + tx] = tile[r];
-                }
+        // S <- gamma S + Kd^T N, a few keys at a time; each unit updates the keys that it alone owns.
+        let mut key = ty;
+        while key < padded {
+            let mut tile = Array::<F4>::new(state_rows);
+            #[unroll]
+            for r in 0..state_rows {
+                let gamma = scratch_scalars[(record + comptime!(bp.gamma_at())) * 4 + key + r * rows];
+                tile[r] = state[(key + r * rows) * cols + tx] * F4::new(gamma);
             }
+            mma(
+                &mut tile, scratch, record + comptime!(bp.kd_at()), key, &writes, tx, 0usize, state_rows, rows,
+                padded, chunk, cols,
+            );
+            #[unroll]
+            for r in 0..state_rows {
+                state[(key + r * rows) * cols + tx] = tile[r];
+            }
+            key += comptime!(state_rows * rows);
         }
         sync_cube();
         step0 += chunk;
         id += 1;
     }
 
-    // A unit wrote other rows than it stores, and an empty sequence has passed no barrier.
-    sync_cube();
     let mut key = ty;
     while key < bp.key_dim {
         let s = state[key * cols + tx];
