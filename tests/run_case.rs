@@ -142,6 +142,22 @@ fn refuses_any_truncation() {
 }
 
 #[test]
+fn survives_any_changed_byte() {
+    let draft = Draft::new("deltaproduct", 2).f32("g", &[1, 3, 1]).cu_seqlens(&[0, 1, 3]);
+    let draft = draft.f32("expect.final_state", &[2, 1, 2, 4]);
+    draft.parse();
+    let bytes = draft.bytes();
+    for at in 0..bytes.len() {
+        for value in *b"\x00\xff09\"[{" {
+            let mut changed = bytes.clone();
+            changed[at] = value;
+            // Some changes leave a good case; none may panic.
+            let _ = Case::parse(&changed);
+        }
+    }
+}
+
+#[test]
 fn refuses_missing_and_unknown_tensors() {
     for name in ["q", "k", "v", "beta", "expect.o", "expect.final_state"] {
         Draft::new("deltanet", 1).without(name).refused(&format!("tensor {name} is missing"));
