@@ -1,0 +1,90 @@
+//! The one place that knows which devices this build can reach.
+
+use delta_rule::{Inputs, Options, Output, Problem, chunk};
+
+use crate::args::Result;
+
+/// Where the chunk engine runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Device {
+    Cpu,
+    Wgpu,
+    Cuda,
+}
+
+/// What q, k and v are stored in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DType {
+    F64,
+    F32,
+    F16,
+    Bf16,
+}
+
+impl DType {
+    pub(crate) fn parse(text: &str) -> Result<Self> {
+        match text {
+            "f64" => Ok(Self::F64),
+            "f32" => Ok(Self::F32),
+            "f16" => Ok(Self::F16),
+            "bf16" => Ok(Self::Bf16),
+            _ => Err("unknown type; there are f64, f32, f16 and bf16".into()),
+        }
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::F64 => "f64",
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
+impl Device {
+    pub(crate) fn parse(text: &str) -> Result<Self> {
+        match text {
+            "cpu" => Ok(Self::Cpu),
+            "wgpu" => Ok(Self::Wgpu),
+            "cuda" => Ok(Self::Cuda),
+            _ => Err("unknown device; there are cpu, wgpu and cuda".into()),
+        }
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Wgpu => "wgpu",
+            Self::Cuda => "cuda",
+        }
+    }
+
+    /// Whether [`forward`] can run here, and if not, why.
+    pub(crate) fn available(self) -> Result<()> {
+        match self {
+            Self::Cpu => Ok(()),
+            Self::Wgpu | Self::Cuda => Err(self.not_built()),
+        }
+    }
+
+    fn not_built(self) -> Box<dyn std::error::Error> {
+        let name = self.name();
+        format!("this build has no {name}: build the example with --features {name}").into()
+    }
+}
+
+/// The chunk engine on `device`, with q, k and v stored as `dtype`; f64 is for the host engines alone.
+pub(crate) fn forward(
+    device: Device,
+    dtype: DType,
+    problem: &Problem,
+    options: &Options,
+    inputs: &Inputs<f32>,
+) -> Result<Output<f32>> {
+    match (device, dtype) {
+        (Device::Cpu, DType::F32) => Ok(chunk::forward(problem, options, inputs)?),
+        (Device::Cpu, _) => Err(format!("device cpu does not take {} here", dtype.name()).into()),
+        (Device::Wgpu | Device::Cuda, _) => Err(device.not_built()),
+    }
+}
