@@ -64,10 +64,16 @@ impl Device {
     pub(crate) fn available(self) -> Result<()> {
         match self {
             Self::Cpu => Ok(()),
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu => quietly(|| Ok(backend::wgpu().map(drop)?)),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => quietly(|| Ok(backend::cuda().map(drop)?)),
+            #[allow(unreachable_patterns, reason = "a build with both backends has no arm left")]
             Self::Wgpu | Self::Cuda => Err(self.not_built()),
         }
     }
 
+    #[cfg_attr(all(feature = "wgpu", feature = "cuda"), allow(dead_code, reason = "both are built"))]
     fn not_built(self) -> Box<dyn std::error::Error> {
         let name = self.name();
         format!("this build has no {name}: build the example with --features {name}").into()
@@ -85,6 +91,57 @@ pub(crate) fn forward(
     match (device, dtype) {
         (Device::Cpu, DType::F32) => Ok(chunk::forward(problem, options, inputs)?),
         (Device::Cpu, _) => Err(format!("device cpu does not take {} here", dtype.name()).into()),
+        #[cfg(feature = "wgpu")]
+        (Device::Wgpu, _) => backend::forward(&quietly(backend::wgpu)?, dtype, problem, options, inputs),
+        #[cfg(feature = "cuda")]
+        (Device::Cuda, _) => backend::forward(&quietly(backend::cuda)?, dtype, problem, options, inputs),
+        #[allow(unreachable_patterns, reason = "a build with both backends has no arm left")]
         (Device::Wgpu | Device::Cuda, _) => Err(device.not_built()),
+    }
+}
+
+/// Keeps the panic of a driver that is not there off the screen: the caller says it in one line.
+#[cfg(feature = "gpu")]
+fn quietly<T>(open: impl FnOnce() -> T) -> T {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let result = open();
+    std::panic::set_hook(hook);
+    result
+}
+
+#[cfg(feature = "gpu")]
+mod backend {
+    use delta_rule::cubecl::prelude::*;
+    use delta_rule::gpu::{HostDType, forward_host};
+    use delta_rule::{Inputs, Options, Output, Problem};
+
+    use super::DType;
+    use crate::args::Result;
+
+    #[cfg(feature = "wgpu")]
+    pub(super) fn wgpu() -> delta_rule::Result<ComputeClient<delta_rule::cubecl::wgpu::WgpuRuntime>> {
+        delta_rule::gpu::client(&Default::default())
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(super) fn cuda() -> delta_rule::Result<ComputeClient<delta_rule::cubecl::cuda::CudaRuntime>> {
+        delta_rule::gpu::client(&Default::default())
+    }
+
+    pub(super) fn forward<R: Runtime>(
+        client: &ComputeClient<R>,
+        dtype: DType,
+        problem: &Problem,
+        options: &Options,
+        inputs: &Inputs<f32>,
+    ) -> Result<Output<f32>> {
+        let dtype = match dtype {
+            DType::F32 => HostDType::F32,
+            DType::F16 => HostDType::F16,
+            DType::Bf16 => HostDType::Bf16,
+            DType::F64 => return Err("the GPU engines do not take f64".into()),
+        };
+        Ok(forward_host(client, dtype, problem, options, inputs)?)
     }
 }

@@ -136,19 +136,20 @@ impl Blueprint {
         (SLICE / self.tile_rows()).clamp(1, 4)
     }
 
-    // The record of one chunk and head, in four-vectors, blocked by depth as `tile::mma` reads it: Kg [C, K],
-    // Kd^T [K, C], Qg [reads, K], gamma [K], T [C, C], P [reads, C].
+    // The record of one chunk and head, in four-vectors, blocked by depth as `tile::mma` reads it: [Kg; Qg],
+    // Kd^T, gamma, T, P.
 
-    pub(crate) fn kd_at(&self) -> usize {
-        self.chunk * self.padded_key_dim() / 4
+    /// Rows of [Kg; Qg].
+    pub(crate) fn stacked(&self) -> usize {
+        self.chunk + self.reads()
     }
 
-    pub(crate) fn qg_at(&self) -> usize {
-        2 * self.kd_at()
+    pub(crate) fn kd_at(&self) -> usize {
+        self.stacked() * self.padded_key_dim() / 4
     }
 
     pub(crate) fn gamma_at(&self) -> usize {
-        self.qg_at() + self.reads() * self.padded_key_dim() / 4
+        self.kd_at() + self.chunk * self.padded_key_dim() / 4
     }
 
     pub(crate) fn t_at(&self) -> usize {

@@ -188,7 +188,8 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
                 after = decay_after(&decays, i, c, chunk);
                 whole = after * decays[c];
             }
-            scratch[record + channel * chunk + i] = end.k * F4::new(from_start);
+            let rows_at = record + channel * comptime!(bp.stacked());
+            scratch[rows_at + i] = end.k * F4::new(from_start);
             let kd = key * after;
             #[unroll]
             for e in 0..4usize {
@@ -196,8 +197,7 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
                 scratch_scalars[4 * at + i % 4] = kd[e];
             }
             if is_read {
-                scratch[record + comptime!(bp.qg_at()) + channel * reads + token - first_read] =
-                    end.q * F4::new(from_start);
+                scratch[rows_at + chunk + token - first_read] = end.q * F4::new(from_start);
             }
             if i == 0 {
                 scratch[record + comptime!(bp.gamma_at()) + channel] = whole;

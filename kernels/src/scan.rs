@@ -103,10 +103,9 @@ pub fn scan<F: Float, N: Size>(
         for r in 0..comptime!(held + read_rows) {
             acc[r] = F4::new(0.0f32);
         }
-        mma(&mut acc, scratch, record, ty, &state, tx, 0usize, held, rows, chunk, padded, cols);
         mma(
-            &mut acc, scratch, record + comptime!(bp.qg_at()), ty, &state, tx, held, read_rows, rows, reads, padded,
-            cols,
+            &mut acc, scratch, record, ty, &state, tx, 0usize, comptime!(held + read_rows), rows,
+            comptime!(bp.stacked()), padded, cols,
         );
 
         // R = V - Kg S

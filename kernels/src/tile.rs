@@ -9,6 +9,9 @@ use cubecl::prelude::*;
 
 use crate::record::F4;
 
+/// Rounds of four columns that are loaded together; divides every depth, a multiple of 16, by four.
+const AHEAD: usize = 4;
+
 /// `acc[first + r] += A[row0 + r * step, ..] B[b0.., 4 * col..4 * col + 4]` for `r < rows`. Rows past the
 /// last one repeat it; their results are not to be used.
 #[cube]
@@ -26,22 +29,35 @@ pub(crate) fn mma(
     #[comptime] depth: usize,
     #[comptime] ldb: usize,
 ) {
-    for d in 0..depth / 4 {
-        let at = 4 * d * ldb + col;
-        let x0 = b[at];
-        let x1 = b[at + ldb];
-        let x2 = b[at + 2 * ldb];
-        let x3 = b[at + 3 * ldb];
+    // All left vectors of a round are asked for before the first is used: they come from afar.
+    let mut left = Array::<F4>::new(comptime!(AHEAD * rows));
+    for round in 0..depth / (4 * AHEAD) {
         #[unroll]
-        for r in 0..rows {
-            let row = clamp_row(row0 + r * step, step * rows, height);
-            let y = a[a_at + d * height + row];
-            let mut s = acc[first + r];
-            s = fma(F4::new(y[0]), x0, s);
-            s = fma(F4::new(y[1]), x1, s);
-            s = fma(F4::new(y[2]), x2, s);
-            s = fma(F4::new(y[3]), x3, s);
-            acc[first + r] = s;
+        for ahead in 0..AHEAD {
+            let d = round * AHEAD + ahead;
+            #[unroll]
+            for r in 0..rows {
+                let row = clamp_row(row0 + r * step, step * rows, height);
+                left[ahead * rows + r] = a[a_at + d * height + row];
+            }
+        }
+        #[unroll]
+        for ahead in 0..AHEAD {
+            let at = 4 * (round * AHEAD + ahead) * ldb + col;
+            let x0 = b[at];
+            let x1 = b[at + ldb];
+            let x2 = b[at + 2 * ldb];
+            let x3 = b[at + 3 * ldb];
+            #[unroll]
+            for r in 0..rows {
+                let y = left[ahead * rows + r];
+                let mut s = acc[first + r];
+                s = fma(F4::new(y[0]), x0, s);
+                s = fma(F4::new(y[1]), x1, s);
+                s = fma(F4::new(y[2]), x2, s);
+                s = fma(F4::new(y[3]), x3, s);
+                acc[first + r] = s;
+            }
         }
     }
 }

@@ -7,12 +7,15 @@
 //!
 //! The kernels read f32, f16 and bf16 (where the device has them), compute in f32, and keep states in f32.
 //! Scratch memory is `4 (3 K' + 2 C + K' / C)` bytes per micro-step and value head, K' being K rounded up to
-//! 32 and C the chunk size (1.8 KB at K = 128), in passes over the heads of at most 1 GiB.
+//! 32 and C the chunk size (1.8 KB at K = 128), in passes over the heads of at most 1 GiB. The client keeps it
+//! for the next call, one buffer for each power of two that was needed, until its `memory_cleanup`.
 
+mod device;
 mod host;
 mod plan;
 mod tensors;
 
+pub use device::client;
 pub use host::{forward_host, HostDType, HostError};
 pub use tensors::{DTypes, DeviceInputs, DeviceOutput};
 
@@ -25,7 +28,7 @@ use delta_rule_kernels::scan::{StateStridesLaunch, scan};
 use delta_rule_kernels::StridesLaunch;
 
 use crate::host::check_presence;
-use crate::{Ident, Options, Problem, Result, StateLayout};
+use crate::{Error, GateTransform, Ident, Options, Problem, Result, StateLayout};
 use plan::Plan;
 use tensors::{Checked, checked};
 
@@ -103,7 +106,11 @@ pub fn forward_into<R: Runtime>(
     let plan = Plan::new(client, problem, options, has_bias, has_initial_state)?;
     let bp = plan.blueprint;
     let table = client.create_from_slice(&plan.table_bytes());
-    let scratch = client.empty(plan.scratch_bytes.max(MIN_BUFFER));
+    // The ordinary pools give a large buffer back to the driver between two calls, which costs more than the
+    // kernels.
+    let scratch = client
+        .memory_persistent_allocation(plan.scratch_bytes.max(MIN_BUFFER), |bytes| client.empty(bytes))
+        .map_err(|e| Error::Device { what: e.to_string() })?;
     let array = |handle: &Handle, len| unsafe { ArrayArg::<R>::from_raw_parts(handle.clone(), len) };
     let table_arg = || array(&table, plan.table.len());
     // A tensor of no elements has no buffer that could be bound, and one that is absent is never read.
@@ -125,13 +132,13 @@ pub fn forward_into<R: Runtime>(
     };
     let group = (problem.shape().value_heads / problem.shape().heads) as u32;
     let lower_bound = match options.gate {
-        crate::GateTransform::Bounded { lower_bound } => lower_bound as f32,
+        GateTransform::Bounded { lower_bound } => lower_bound as f32,
         _ => 0.0,
     };
 
     for (first_head, heads) in plan.passes() {
         let scratch_arg = || array(&scratch, plan.scratch_bytes / 4);
-        if plan.chunks > 0 && std::env::var("DR_ONLY").map_or(true, |x| x != "scan") {
+        if plan.chunks > 0 {
             // Safety: every index lies inside its buffer, as `checked` has found from shapes and strides.
             unsafe {
                 prepare::launch_unchecked::<R>(
@@ -165,7 +172,7 @@ pub fn forward_into<R: Runtime>(
             }
         }
         // Safety: as above.
-        if std::env::var("DR_ONLY").map_or(true, |x| x != "prepare") { unsafe {
+        unsafe {
             scan::launch_unchecked::<R>(
                 client,
                 plan.cubes(problem.sequences() * heads * bp.value_tiles()),
@@ -188,7 +195,7 @@ pub fn forward_into<R: Runtime>(
                 bp,
                 dtypes.data,
             );
-        } }
+        }
     }
     Ok(())
 }

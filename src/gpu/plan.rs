@@ -65,7 +65,9 @@ impl Plan {
         // Passes of equal size: a small last one would leave the device idle.
         let passes = value_heads.div_ceil(heads_per_pass.min(value_heads));
         let heads_per_pass = value_heads.div_ceil(passes);
-        let scratch_bytes = per_head as usize * heads_per_pass;
+        // Few sizes, since the client keeps each: see `forward_into`.
+        let exact = per_head * heads_per_pass as u64;
+        let scratch_bytes = exact.next_power_of_two().min(device_limit) as usize;
         let max_cubes = client.properties().hardware.max_cube_count.0;
         Ok(Self { blueprint, table, chunks, scratch_bytes, value_heads, heads_per_pass, max_cubes })
     }
@@ -112,8 +114,8 @@ fn blueprint<R: Runtime>(
         value_dim: shape.value_dim,
         chunk: 0,
         value_tile: 0,
-        unit_rows: std::env::var("DR_ROWS").map_or(4, |x| x.parse().unwrap()),
-        parts: std::env::var("DR_PARTS").map_or(PARTS, |x| x.parse().unwrap()),
+        unit_rows: 4,
+        parts: PARTS,
         qk_l2norm: options.qk_l2norm,
         beta: match options.beta {
             BetaTransform::Identity => kernels::BetaMap::Identity,
@@ -133,20 +135,30 @@ fn blueprint<R: Runtime>(
         bp.shared_memory() <= hardware.max_shared_memory_size
             && bp.prepare_units().max(bp.scan_units()) <= hardware.max_units_per_cube as usize
     };
-    let widest = shape.value_dim.next_multiple_of(16).min(std::env::var("DR_TILE").ok().map_or(MAX_VALUE_TILE, |x| x.parse().unwrap()));
-    chunks
-        .iter()
-        .flat_map(|&chunk| [64, 32, 16].map(|value_tile| Blueprint { chunk, value_tile, ..base }))
-        .filter(|bp| bp.value_tile <= widest.next_power_of_two())
+    let tiles = [32, 16].into_iter().filter(|&tile| tile == 16 || shape.value_dim > 16);
+    let smallest = Blueprint { chunk: 16, value_tile: 16, ..base };
+    let bp = tiles
+        .flat_map(|value_tile| chunks.iter().map(move |&chunk| Blueprint { chunk, value_tile, ..base }))
         .find(fits)
         .ok_or_else(|| Error::Device {
             what: format!(
-                "K = {} needs more than the {} bytes of shared memory that one cube has",
-                shape.key_dim, hardware.max_shared_memory_size
+                "K = {} needs at least {} bytes of shared memory, one cube has {}",
+                shape.key_dim,
+                smallest.shared_memory(),
+                hardware.max_shared_memory_size
             ),
-        })
+        })?;
+    let filled = |bp: &Blueprint| match hardware.num_streaming_multiprocessors {
+        Some(n) => {
+            problem.sequences() * shape.value_heads * bp.value_tiles() * bp.scan_units() >= n as usize * BUSY_UNITS
+        }
+        None => false,
+    };
+    let rows = [4, 2].map(|unit_rows| Blueprint { unit_rows, ..bp });
+    Ok(rows.into_iter().find(filled).unwrap_or(Blueprint { unit_rows: 1, ..bp }))
 }
 
-/// Value channels of one scan cube at most; wider tiles read K and Q less often, narrower ones fill the
-/// device sooner.
-const MAX_VALUE_TILE: usize = 32;
+/// Units per multiprocessor that keep it busy. Below, units take fewer rows each, so that there are more of
+/// them; devices that do not tell how many multiprocessors they have (WGPU) run few cubes on each, and want
+/// those as wide as they can be.
+const BUSY_UNITS: usize = 256;
