@@ -2,13 +2,13 @@
 
 #![cfg(feature = "gpu")]
 
-mod common;
+mod sample;
 
-use common::{MILD, NEGATIVE, RULES, Sample, Style, assert_close, relative_error, shape};
 use delta_rule::cubecl::prelude::*;
 use delta_rule::cubecl::std::tensor::TensorHandle;
 use delta_rule::gpu::{DTypes, DeviceInputs, HostDType, client, forward, forward_host, forward_into};
 use delta_rule::{BetaTransform, Decay, Error, GateTransform, Ident, Options, Problem, Rule, StateLayout};
+use sample::{MILD, NEGATIVE, RULES, Sample, Style, assert_close, relative_error, shape};
 
 /// Runs `$body` on each backend of this build; skips in the open where a device is missing, fails in CI
 /// unless the backend is CUDA, which CI does not have.
@@ -36,7 +36,13 @@ fn open<R: Runtime>(name: &str, in_ci: bool) -> Option<ComputeClient<R>> {
     }
 }
 
-fn check<R: Runtime>(client: &ComputeClient<R>, what: &str, sample: &Sample, options: &Options, tolerance: f64) {
+fn check<R: Runtime>(
+    client: &ComputeClient<R>,
+    what: &str,
+    sample: &Sample,
+    options: &Options,
+    tolerance: f64,
+) {
     let got = sample.with_f32(|x| forward_host(client, HostDType::F32, &sample.problem, options, x));
     assert_close(what, &got.expect("the call is accepted"), &sample.truth(options), tolerance);
 }
@@ -78,7 +84,13 @@ fn odd_and_large_head_dimensions() {
             (Rule::deltanet(), [1, 1]),
         ] {
             let problem = Problem::new(rule, shape(1, 70, [1, 2], dims)).unwrap();
-            check(&client, &format!("{rule:?} {dims:?}"), &Sample::new(problem, MILD, 3), &Options::new(), 1e-5);
+            check(
+                &client,
+                &format!("{rule:?} {dims:?}"),
+                &Sample::new(problem, MILD, 3),
+                &Options::new(),
+                1e-5,
+            );
         }
     });
 }
@@ -167,7 +179,8 @@ fn half_precision() {
             };
             [&mut sample.q, &mut sample.k, &mut sample.v].into_iter().flatten().for_each(round);
             let options = Options::new();
-            let got = sample.with_f32(|x| forward_host(&client, dtype, &sample.problem, &options, x)).unwrap();
+            let got =
+                sample.with_f32(|x| forward_host(&client, dtype, &sample.problem, &options, x)).unwrap();
             let want = sample.truth(&options);
             // Only o is rounded to the type; the arithmetic is f32.
             let tolerance = if dtype == HostDType::F16 { 3e-4 } else { 2.5e-3 };
@@ -183,7 +196,9 @@ fn twenty_runs_give_the_same_bits() {
         let problem = Problem::new(Rule::kda(), shape(1, 40, [1, 2], [32, 16])).unwrap();
         let sample = Sample::new(problem, NEGATIVE, 9);
         let options = Options::new().with_chunk_size(16);
-        let run = || sample.with_f32(|x| forward_host(&client, HostDType::F32, &sample.problem, &options, x).unwrap());
+        let run = || {
+            sample.with_f32(|x| forward_host(&client, HostDType::F32, &sample.problem, &options, x).unwrap())
+        };
         let first = run();
         for _ in 1..20 {
             assert!(run() == first);
@@ -192,7 +207,12 @@ fn twenty_runs_give_the_same_bits() {
 }
 
 /// A device tensor with every token row followed by `gap` elements that must be left alone.
-fn spaced<R: Runtime>(client: &ComputeClient<R>, dims: Vec<usize>, values: &[f32], gap: usize) -> TensorHandle<R> {
+fn spaced<R: Runtime>(
+    client: &ComputeClient<R>,
+    dims: Vec<usize>,
+    values: &[f32],
+    gap: usize,
+) -> TensorHandle<R> {
     let row: usize = dims[2..].iter().product();
     let mut data = vec![f32::NAN; (values.len() / row) * (row + gap)];
     for (to, from) in data.chunks_exact_mut(row + gap).zip(values.chunks_exact(row)) {
@@ -216,7 +236,8 @@ fn strides_are_honoured_and_gaps_left_alone() {
         let sample = Sample::new(problem.clone(), Style { state: false, ..MILD }, 13);
         let truth = sample.truth(&Options::new());
         for gap in [4, 3] {
-            let o = spaced(&client, problem.shape_of(Ident::O), &vec![f32::NAN; problem.len_of(Ident::O)], gap);
+            let o =
+                spaced(&client, problem.shape_of(Ident::O), &vec![f32::NAN; problem.len_of(Ident::O)], gap);
             let state = vec![f32::NAN; problem.len_of(Ident::FinalState)];
             let state = TensorHandle::<_>::new_contiguous(
                 problem.shape_of(Ident::FinalState),
@@ -225,13 +246,28 @@ fn strides_are_honoured_and_gaps_left_alone() {
             );
             let (o_handle, handle) = (o.handle.clone(), state.handle.clone());
             sample.with_f32(|x| {
-                let put = |ident, values: &[f32]| spaced(&client, problem.shape_of(ident), values, gap).binding();
+                let put =
+                    |ident, values: &[f32]| spaced(&client, problem.shape_of(ident), values, gap).binding();
                 let inputs = DeviceInputs {
                     g: x.g.map(|g| put(Ident::G, g)),
-                    ..DeviceInputs::new(put(Ident::Q, x.q), put(Ident::K, x.k), put(Ident::V, x.v), put(Ident::Beta, x.beta))
+                    ..DeviceInputs::new(
+                        put(Ident::Q, x.q),
+                        put(Ident::K, x.k),
+                        put(Ident::V, x.v),
+                        put(Ident::Beta, x.beta),
+                    )
                 };
                 let dtypes = DTypes::all(f32::as_type_native_unchecked().storage_type());
-                forward_into(&client, &problem, &Options::new(), inputs, dtypes, o.binding(), state.binding()).unwrap();
+                forward_into(
+                    &client,
+                    &problem,
+                    &Options::new(),
+                    inputs,
+                    dtypes,
+                    o.binding(),
+                    state.binding(),
+                )
+                .unwrap();
             });
             delta_rule::cubecl::future::block_on(client.sync()).unwrap();
             let bytes = client.read_one(handle).unwrap();
@@ -264,7 +300,8 @@ fn bad_tensors_are_refused_by_name() {
                 new(problem.shape_of(Ident::Beta)),
             )
         };
-        let call = |inputs, options: &Options, dtypes| forward(&client, &problem, options, inputs, dtypes).err();
+        let call =
+            |inputs, options: &Options, dtypes| forward(&client, &problem, options, inputs, dtypes).err();
         let (options, all) = (Options::new(), DTypes::all(f32));
         assert_eq!(call(good(), &options, all), None);
 
@@ -317,7 +354,8 @@ fn a_rule_without_gates_takes_none() {
         let problem = Problem::new(Rule::deltanet(), shape(1, 4, [1, 1], [16, 16])).unwrap();
         let mut sample = Sample::new(problem, MILD, 1);
         sample.g = Some(vec![0.0; 4]);
-        let got = sample.with_f32(|x| forward_host(&client, HostDType::F32, &sample.problem, &Options::new(), x));
+        let got =
+            sample.with_f32(|x| forward_host(&client, HostDType::F32, &sample.problem, &Options::new(), x));
         assert!(got.is_err_and(|e| e.to_string().contains("g was given but is not used")));
     });
 }

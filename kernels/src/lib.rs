@@ -29,4 +29,3 @@ mod walk;
 
 pub use blueprint::{BetaMap, Blueprint, Decay, GateMap};
 pub use record::{Strides, StridesLaunch};
-

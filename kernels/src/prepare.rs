@@ -80,12 +80,8 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
     let h = hv / group as usize;
     let seq = sequence(table, table[4 * sequences as usize + id] as usize);
     let step0 = (id - seq.first_chunk) * chunk;
-    let here = Chunk {
-        row: seq.row,
-        start: seq.start,
-        step0,
-        rows: usize::min(seq.tokens * n_h - step0, chunk),
-    };
+    let here =
+        Chunk { row: seq.row, start: seq.start, step0, rows: usize::min(seq.tokens * n_h - step0, chunk) };
     let record = CUBE_POS * comptime!(bp.record_vectors());
 
     let unit = UNIT_POS as usize;

@@ -104,8 +104,18 @@ pub fn scan<F: Float, N: Size>(
             acc[r] = F4::new(0.0f32);
         }
         mma(
-            &mut acc, scratch, record, ty, &state, tx, 0usize, comptime!(held + read_rows), rows,
-            comptime!(bp.stacked()), padded, cols,
+            &mut acc,
+            scratch,
+            record,
+            ty,
+            &state,
+            tx,
+            0usize,
+            comptime!(held + read_rows),
+            rows,
+            comptime!(bp.stacked()),
+            padded,
+            cols,
         );
 
         // R = V - Kg S
@@ -120,7 +130,17 @@ pub fn scan<F: Float, N: Size>(
 
         // N = T R
         mma(
-            &mut acc, scratch, record + comptime!(bp.t_at()), ty, &writes, tx, 0usize, held, rows, chunk, chunk,
+            &mut acc,
+            scratch,
+            record + comptime!(bp.t_at()),
+            ty,
+            &writes,
+            tx,
+            0usize,
+            held,
+            rows,
+            chunk,
+            chunk,
             cols,
         );
         sync_cube();
@@ -132,7 +152,17 @@ pub fn scan<F: Float, N: Size>(
 
         // O = Qg S + P N
         mma(
-            &mut acc, scratch, record + comptime!(bp.p_at()), ty, &writes, tx, held, read_rows, rows, reads, chunk,
+            &mut acc,
+            scratch,
+            record + comptime!(bp.p_at()),
+            ty,
+            &writes,
+            tx,
+            held,
+            read_rows,
+            rows,
+            reads,
+            chunk,
             cols,
         );
         #[unroll]
@@ -154,8 +184,18 @@ pub fn scan<F: Float, N: Size>(
                 tile[r] = state[(key + r * rows) * cols + tx] * F4::new(gamma);
             }
             mma(
-                &mut tile, scratch, record + comptime!(bp.kd_at()), key, &writes, tx, 0usize, state_rows, rows,
-                padded, chunk, cols,
+                &mut tile,
+                scratch,
+                record + comptime!(bp.kd_at()),
+                key,
+                &writes,
+                tx,
+                0usize,
+                state_rows,
+                rows,
+                padded,
+                chunk,
+                cols,
             );
             #[unroll]
             for r in 0..state_rows {

@@ -56,12 +56,7 @@ pub(crate) fn walk_down(
 
 /// The product of the decays after row `i`, on four channels.
 #[cube]
-pub(crate) fn decay_after(
-    decays: &SharedMemory<F4>,
-    i: usize,
-    c: usize,
-    #[comptime] chunk: usize,
-) -> F4 {
+pub(crate) fn decay_after(decays: &SharedMemory<F4>, i: usize, c: usize, #[comptime] chunk: usize) -> F4 {
     let mut w = F4::new(1.0f32);
     #[unroll]
     for l in 1..chunk {
@@ -73,12 +68,7 @@ pub(crate) fn decay_after(
 /// The same walk for one gate per head, on a finished row `at..` of a Gram matrix: `row[j] *= Gamma_ij`.
 /// Returns $\Gamma_{i0}$, the decay of row 0 included.
 #[cube]
-pub(crate) fn walk_row(
-    gram: &mut SharedMemory<f32>,
-    at: usize,
-    decays: &SharedMemory<f32>,
-    i: usize,
-) -> f32 {
+pub(crate) fn walk_row(gram: &mut SharedMemory<f32>, at: usize, decays: &SharedMemory<f32>, i: usize) -> f32 {
     let mut w = 1.0f32;
     for up in 0..i + 1 {
         let j = i - up;

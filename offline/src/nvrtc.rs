@@ -41,7 +41,8 @@ pub fn compile(root: &std::path::Path, kernel: &Generated) -> Result<Compiled, S
         ],
         ..Default::default()
     };
-    let ptx = compile_ptx_with_opts(&kernel.source, options).map_err(|e| format!("{}: {e:?}", kernel.name))?;
+    let ptx =
+        compile_ptx_with_opts(&kernel.source, options).map_err(|e| format!("{}: {e:?}", kernel.name))?;
     let id = format!("delta_rule_{}_{:?}.ptx", std::process::id(), std::thread::current().id());
     let file = std::env::temp_dir().join(id);
     std::fs::write(&file, ptx.to_src()).map_err(|e| e.to_string())?;

@@ -4,7 +4,9 @@ use std::sync::{Arc, Mutex};
 
 use cubecl::cuda::{CudaCompiler, CudaDevice, CudaRuntime};
 use cubecl::ir::features::Plane;
-use cubecl::ir::{DeviceProperties, ElemType, FloatKind, HardwareProperties, MemoryDeviceProperties, TargetProperties};
+use cubecl::ir::{
+    DeviceProperties, ElemType, FloatKind, HardwareProperties, MemoryDeviceProperties, TargetProperties,
+};
 use cubecl::prelude::*;
 use cubecl::server::*;
 use cubecl_common::bytes::Bytes;

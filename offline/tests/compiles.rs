@@ -6,9 +6,14 @@ use delta_rule::gpu::{DTypes, DeviceInputs, forward};
 use delta_rule::{BetaTransform, Decay, GateTransform, Ident, Options, Problem, Rule, Shape};
 use delta_rule_offline::{OfflineCuda, compile, take_generated, toolchain};
 
-fn tensor(client: &ComputeClient<OfflineCuda>, shape: Vec<usize>, dtype: StorageType) -> TensorBinding<OfflineCuda> {
+fn tensor(
+    client: &ComputeClient<OfflineCuda>,
+    shape: Vec<usize>,
+    dtype: StorageType,
+) -> TensorBinding<OfflineCuda> {
     let bytes = shape.iter().product::<usize>() * dtype.size();
-    cubecl::std::tensor::TensorHandle::<OfflineCuda>::new_contiguous(shape, client.empty(bytes), dtype).binding()
+    cubecl::std::tensor::TensorHandle::<OfflineCuda>::new_contiguous(shape, client.empty(bytes), dtype)
+        .binding()
 }
 
 fn generate(rule: Rule, key_dim: usize, value_dim: usize, dtype: StorageType, options: &Options) {
@@ -23,7 +28,12 @@ fn generate(rule: Rule, key_dim: usize, value_dim: usize, dtype: StorageType, op
         a_log: formula.then(|| new(Ident::ALog, f32)),
         dt_bias: formula.then(|| new(Ident::DtBias, f32)),
         initial_state: Some(new(Ident::InitialState, f32)),
-        ..DeviceInputs::new(new(Ident::Q, dtype), new(Ident::K, dtype), new(Ident::V, dtype), new(Ident::Beta, f32))
+        ..DeviceInputs::new(
+            new(Ident::Q, dtype),
+            new(Ident::K, dtype),
+            new(Ident::V, dtype),
+            new(Ident::Beta, f32),
+        )
     };
     forward(&client, &problem, options, inputs, DTypes::mixed(dtype)).expect("the call is accepted");
     client.flush().expect("the offline device has no faults");
@@ -32,7 +42,10 @@ fn generate(rule: Rule, key_dim: usize, value_dim: usize, dtype: StorageType, op
 #[test]
 fn every_kernel_compiles_without_spills() {
     let Some(root) = toolchain() else {
-        assert!(std::env::var_os("CI").is_none(), "CI needs NVRTC and ptxas: set CUDA_PATH and LD_LIBRARY_PATH");
+        assert!(
+            std::env::var_os("CI").is_none(),
+            "CI needs NVRTC and ptxas: set CUDA_PATH and LD_LIBRARY_PATH"
+        );
         eprintln!("SKIPPED: no NVRTC and ptxas under CUDA_PATH");
         return;
     };
@@ -54,7 +67,13 @@ fn every_kernel_compiles_without_spills() {
     let fused = Options::new().with_qk_l2norm(true).with_beta(BetaTransform::TwoSigmoid);
     generate(Rule::deltanet(), 60, 100, f32, &fused);
     generate(Rule::kda(), 256, 256, f32, &fused.clone().with_gate(GateTransform::Softplus));
-    generate(Rule::kda(), 61, 33, bf16, &fused.clone().with_gate(GateTransform::Bounded { lower_bound: -5.0 }));
+    generate(
+        Rule::kda(),
+        61,
+        33,
+        bf16,
+        &fused.clone().with_gate(GateTransform::Bounded { lower_bound: -5.0 }),
+    );
     generate(Rule::gated_deltanet(), 96, 32, f32, &fused.with_gate(GateTransform::Softplus));
 
     let kernels = take_generated();

@@ -16,16 +16,16 @@ mod plan;
 mod tensors;
 
 pub use device::client;
-pub use host::{forward_host, HostDType, HostError};
+pub use host::{HostDType, HostError, forward_host};
 pub use tensors::{DTypes, DeviceInputs, DeviceOutput};
 
 use cubecl::ir::StorageType;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 use cubecl::std::tensor::TensorHandle;
+use delta_rule_kernels::StridesLaunch;
 use delta_rule_kernels::prepare::prepare;
 use delta_rule_kernels::scan::{StateStridesLaunch, scan};
-use delta_rule_kernels::StridesLaunch;
 
 use crate::host::check_presence;
 use crate::{Error, GateTransform, Ident, Options, Problem, Result, StateLayout};
@@ -51,7 +51,8 @@ pub fn forward<R: Runtime>(
     // Sizes are checked before anything of them is allocated.
     tensors::check_extent(client, problem, options, Ident::O, dtypes.data)?;
     tensors::check_extent(client, problem, options, Ident::FinalState, f32_type())?;
-    let output = DeviceOutput { o: new(Ident::O, dtypes.data), final_state: new(Ident::FinalState, f32_type()) };
+    let output =
+        DeviceOutput { o: new(Ident::O, dtypes.data), final_state: new(Ident::FinalState, f32_type()) };
     let (o, final_state) = (output.o.clone().binding(), output.final_state.clone().binding());
     forward_into(client, problem, options, inputs, dtypes, o, final_state)?;
     Ok(output)

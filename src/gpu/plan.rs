@@ -150,7 +150,8 @@ fn blueprint<R: Runtime>(
         })?;
     let filled = |bp: &Blueprint| match hardware.num_streaming_multiprocessors {
         Some(n) => {
-            problem.sequences() * shape.value_heads * bp.value_tiles() * bp.scan_units() >= n as usize * BUSY_UNITS
+            problem.sequences() * shape.value_heads * bp.value_tiles() * bp.scan_units()
+                >= n as usize * BUSY_UNITS
         }
         None => false,
     };

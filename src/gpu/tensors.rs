@@ -32,7 +32,12 @@ pub struct DeviceInputs<R: Runtime> {
 
 impl<R: Runtime> DeviceInputs<R> {
     /// The four tensors that every rule reads; the others are set with `..`.
-    pub fn new(q: TensorBinding<R>, k: TensorBinding<R>, v: TensorBinding<R>, beta: TensorBinding<R>) -> Self {
+    pub fn new(
+        q: TensorBinding<R>,
+        k: TensorBinding<R>,
+        v: TensorBinding<R>,
+        beta: TensorBinding<R>,
+    ) -> Self {
         Self { q, k, v, beta, g: None, a_log: None, dt_bias: None, initial_state: None }
     }
 }
