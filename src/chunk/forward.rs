@@ -160,10 +160,10 @@ impl<T: Real> Lane<'_, T> {
             Decay::Head => gram.head(&b.decays),
             Decay::Channel => gram.channel(&b.decays, &mut b.scratch),
         }
-        for i in 0..rows {
+        for (i, &beta) in beta.iter().enumerate() {
             for j in 0..rows {
                 let at = i * rows + j;
-                b.akk[at] = if j < i { beta[i] * b.akk[at] } else { zero };
+                b.akk[at] = if j < i { beta * b.akk[at] } else { zero };
                 b.aqk[at] = if j <= i { b.aqk[at] } else { zero };
             }
         }
@@ -214,14 +214,14 @@ impl<T: Real> Lane<'_, T> {
             b.k[i * dim..][..dim].copy_from_slice(k);
             let q = &mut b.q[i * dim..][..dim];
             q.fill(T::zero());
-            if (step0 + i + 1) % n_h == 0 {
+            if (step0 + i + 1).is_multiple_of(n_h) {
                 let from = &self.tensors.q[(token * shape.heads + h) * dim..][..dim];
                 q.iter_mut().zip(from).for_each(|(q, &x)| *q = x * scale);
             }
             if self.problem.rule().decay != Decay::None {
                 let decays = &mut b.decays[i * gates..][..gates];
                 decays.fill(T::one());
-                if (step0 + i) % n_h == 0 {
+                if (step0 + i).is_multiple_of(n_h) {
                     let g = &self.tensors.g[(token * shape.value_heads + self.hv) * gates..][..gates];
                     decays.iter_mut().zip(g).for_each(|(d, g)| *d = g.exp());
                 }

@@ -11,8 +11,8 @@ use crate::{BetaTransform, Decay, Error, GateTransform, Options, Problem, Result
 /// Scratch beyond this is worked off in several passes over the heads.
 const MAX_SCRATCH: u64 = 1 << 30;
 
-/// Units per row in `prepare`: 32 rows make 128 units, well inside every device's limit.
-const PARTS: usize = 4;
+/// Units of a `prepare` cube, whatever the chunk: inside every device's limit, and few enough that none spills.
+const PREPARE_UNITS: usize = 128;
 
 /// All that is decided on the host before the kernels are launched.
 pub(super) struct Plan {
@@ -58,7 +58,7 @@ impl Plan {
         let per_head = (chunks * blueprint.record_bytes()) as u64;
         let device_limit = binding_limit(client, f32_type());
         let limit = device_limit.min(MAX_SCRATCH.max(per_head));
-        let heads_per_pass = if per_head == 0 { value_heads } else { (limit / per_head) as usize };
+        let heads_per_pass = limit.checked_div(per_head).map_or(value_heads, |heads| heads as usize);
         if heads_per_pass == 0 {
             return Err(too_large(per_head, device_limit));
         }
@@ -115,7 +115,7 @@ fn blueprint<R: Runtime>(
         chunk: 0,
         value_tile: 0,
         unit_rows: 4,
-        parts: PARTS,
+        parts: 0,
         qk_l2norm: options.qk_l2norm,
         beta: match options.beta {
             BetaTransform::Identity => kernels::BetaMap::Identity,
@@ -136,9 +136,11 @@ fn blueprint<R: Runtime>(
             && bp.prepare_units().max(bp.scan_units()) <= hardware.max_units_per_cube as usize
     };
     let tiles = [32, 16].into_iter().filter(|&tile| tile == 16 || shape.value_dim > 16);
-    let smallest = Blueprint { chunk: 16, value_tile: 16, ..base };
+    let sized =
+        |chunk: usize, value_tile| Blueprint { chunk, value_tile, parts: PREPARE_UNITS / chunk, ..base };
+    let smallest = sized(16, 16);
     let bp = tiles
-        .flat_map(|value_tile| chunks.iter().map(move |&chunk| Blueprint { chunk, value_tile, ..base }))
+        .flat_map(|value_tile| chunks.iter().map(move |&chunk| sized(chunk, value_tile)))
         .find(fits)
         .ok_or_else(|| Error::Device {
             what: format!(

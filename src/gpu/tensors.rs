@@ -110,9 +110,9 @@ impl<R: Runtime> Checked<R> {
     /// Whether rows can be read four channels at a time.
     pub(super) fn vectorizes(&self, dtype: StorageType) -> bool {
         let outer = self.strides.len() - 1;
-        self.binding.shape[outer] % 4 == 0
-            && self.strides[..outer].iter().all(|s| s % 4 == 0)
-            && self.binding.handle.offset_start.unwrap_or(0) % (4 * dtype.size() as u64) == 0
+        self.binding.shape[outer].is_multiple_of(4)
+            && self.strides[..outer].iter().all(|s| s.is_multiple_of(4))
+            && self.binding.handle.offset_start.unwrap_or(0).is_multiple_of(4 * dtype.size() as u64)
     }
 }
 
