@@ -11,7 +11,7 @@
 //! ```
 //!
 //! Every decay is a running product of factors in `[0, 1]`: no exponent is ever positive and nothing
-//! cancels, whatever the gates (see [`walk`]).
+//! cancels, whatever the gates (see `walk.rs`).
 //!
 //! The kernels take buffers, strides and a [`Blueprint`]; they check nothing. The crate `delta-rule` does.
 

@@ -19,7 +19,7 @@ pub struct StateStrides {
     pub v: u32,
 }
 
-/// Reads the records of [`prepare`](crate::prepare::prepare) and writes o and the final state.
+/// Reads the records of [`prepare`](mod@crate::prepare) and writes o and the final state.
 /// `scratch_scalars` is `scratch` again.
 ///
 /// Cube `p` takes value tile `p % tiles`, head `first_head + p / tiles % heads` and sequence

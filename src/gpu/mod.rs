@@ -64,13 +64,13 @@ pub fn forward<R: Runtime>(
 /// Strides are honoured; the last dimension of q, k, v, o and of a gate per channel must be contiguous.
 ///
 /// # Errors
-/// Each names the tensor: [`Error::Shape`](crate::Error::Shape), [`Error::Strides`](crate::Error::Strides),
-/// [`Error::DType`](crate::Error::DType) for types that the device or the kernels lack,
-/// [`Error::BufferTooSmall`](crate::Error::BufferTooSmall),
-/// [`Error::BufferTooLarge`](crate::Error::BufferTooLarge) over the device's binding limit,
-/// [`Error::Missing`](crate::Error::Missing) and [`Error::Unused`](crate::Error::Unused),
-/// [`Error::ChunkSize`](crate::Error::ChunkSize) unless 16 or 32, and
-/// [`Error::Device`](crate::Error::Device) when shared memory does not suffice. Nothing is launched then.
+/// Each names the tensor: [`Error::Shape`], [`Error::Strides`],
+/// [`Error::DType`] for types that the device or the kernels lack,
+/// [`Error::BufferTooSmall`],
+/// [`Error::BufferTooLarge`] over the device's binding limit,
+/// [`Error::Missing`] and [`Error::Unused`],
+/// [`Error::ChunkSize`] unless 16 or 32, and
+/// [`Error::Device`] when shared memory does not suffice. Nothing is launched then.
 pub fn forward_into<R: Runtime>(
     client: &ComputeClient<R>,
     problem: &Problem,
