@@ -11,7 +11,7 @@
 //!
 //! | engine | what | where |
 //! |---|---|---|
-//! | [`reference`] | token loops, forward and backward: the truth | CPU, f32 and f64 |
+//! | [`mod@reference`] | token loops, forward and backward: the truth | CPU, f32 and f64 |
 //! | [`chunk`] | chunkwise form, forward | CPU, all threads, f32 and f64 |
 //! | `gpu` (features `wgpu`, `cuda`) | chunkwise kernels, forward | f32, f16, and bf16 on CUDA |
 //!
