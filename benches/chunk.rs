@@ -7,7 +7,7 @@
 
 mod engines;
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group};
 use delta_rule::{Problem, Rule, Shape};
 use engines::{Data, Engine, Row};
 
@@ -22,7 +22,6 @@ fn shapes() -> Vec<Shape> {
     };
     match std::env::var("DELTA_RULE_BENCH").as_deref() {
         Ok("full") => vec![shape(1, 4096, 8)],
-        Ok("h200") => vec![shape(8, 2048, 32), shape(1, 8192, 32)],
         _ => vec![shape(1, 512, 4)],
     }
 }
@@ -64,4 +63,13 @@ fn bench(c: &mut Criterion) {
 }
 
 criterion_group!(benches, bench);
-criterion_main!(benches);
+
+fn main() {
+    #[cfg(feature = "cuda")]
+    if std::env::var("DELTA_RULE_BENCH").is_ok_and(|b| b == "h200") {
+        let filter = std::env::args().skip(1).find(|a| !a.starts_with('-'));
+        return engines::h200::run(filter.as_deref());
+    }
+    benches();
+    Criterion::default().configure_from_args().final_summary();
+}

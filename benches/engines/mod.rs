@@ -2,6 +2,8 @@
 
 #[cfg(feature = "gpu")]
 mod device;
+#[cfg(feature = "cuda")]
+pub(crate) mod h200;
 
 use std::time::{Duration, Instant};
 

@@ -20,14 +20,11 @@
 // Device code has `%`, and not `is_multiple_of`; its functions take their tensors one by one.
 #![allow(clippy::manual_is_multiple_of, clippy::too_many_arguments)]
 
-mod blueprint;
-mod inverse;
 mod math;
-pub mod prepare;
+pub mod mma;
+pub mod portable;
 mod record;
-pub mod scan;
-mod tile;
-mod walk;
+mod spec;
 
-pub use blueprint::{BetaMap, Blueprint, Decay, GateMap};
-pub use record::{Strides, StridesLaunch};
+pub use record::{StateStrides, StateStridesLaunch, Strides, StridesLaunch};
+pub use spec::{BetaMap, Decay, GateMap, Spec};

@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use crate::{BetaMap, GateMap};
+use crate::spec::{BetaMap, Decay, GateMap, Spec};
 
 /// $\sigma(x)$, without overflow for either sign.
 #[cube]
@@ -30,14 +30,44 @@ pub(crate) fn beta_of(x: f32, #[comptime] map: BetaMap) -> f32 {
     }
 }
 
+/// The log decay, at most 0, from what the caller holds.
+#[cube]
+pub(crate) fn log_decay_of(x: f32, a_log: f32, bias: f32, lower_bound: f32, #[comptime] map: GateMap) -> f32 {
+    if comptime!(map == GateMap::Identity) {
+        x
+    } else if comptime!(map == GateMap::Softplus) {
+        -f32::exp(a_log) * softplus(x + bias)
+    } else {
+        lower_bound * sigmoid(f32::exp(a_log) * (x + bias))
+    }
+}
+
 /// The factor $e^g$ in `[0, 1]` from what the caller holds.
 #[cube]
 pub(crate) fn decay_of(x: f32, a_log: f32, bias: f32, lower_bound: f32, #[comptime] map: GateMap) -> f32 {
-    if comptime!(map == GateMap::Identity) {
-        f32::exp(x)
-    } else if comptime!(map == GateMap::Softplus) {
-        f32::exp(-f32::exp(a_log) * softplus(x + bias))
-    } else {
-        f32::exp(lower_bound * sigmoid(f32::exp(a_log) * (x + bias)))
+    f32::exp(log_decay_of(x, a_log, bias, lower_bound, map))
+}
+
+/// `(A_log, dt_bias)` of a head and channel.
+#[cube]
+pub(crate) fn gate_constants(
+    a_log: &Array<f32>,
+    dt_bias: &Array<f32>,
+    hv: usize,
+    channel: usize,
+    #[comptime] spec: Spec,
+) -> (f32, f32) {
+    let mut a = 0.0f32;
+    let mut bias = 0.0f32;
+    if comptime!(spec.gate != GateMap::Identity) {
+        a = a_log[hv];
+        if comptime!(spec.has_bias) {
+            if comptime!(spec.decay == Decay::Channel) {
+                bias = dt_bias[hv * spec.key_dim + channel];
+            } else {
+                bias = dt_bias[hv];
+            }
+        }
     }
+    (a, bias)
 }

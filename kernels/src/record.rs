@@ -24,6 +24,19 @@ impl Strides {
     }
 }
 
+/// Element strides of a state `[N, HV, K, V]` in any layout.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub struct StateStrides {
+    /// From sequence to sequence.
+    pub n: u32,
+    /// From head to head.
+    pub h: u32,
+    /// From key channel to key channel.
+    pub k: u32,
+    /// From value channel to value channel.
+    pub v: u32,
+}
+
 /// One sequence, as the table lists it: `[row, first token, tokens, first chunk]` each.
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Sequence {

@@ -10,9 +10,11 @@
 //! 32 and C the chunk size (1.8 KB at K = 128), in passes over the heads of at most 1 GiB. The client keeps it
 //! for the next call, one buffer for each power of two that was needed, until its `memory_cleanup`.
 
+mod call;
 mod device;
 mod host;
-mod plan;
+mod mma;
+mod portable;
 mod tensors;
 
 pub use device::client;
@@ -21,16 +23,12 @@ pub use tensors::{DTypes, DeviceInputs, DeviceOutput};
 
 use cubecl::ir::StorageType;
 use cubecl::prelude::*;
-use cubecl::server::Handle;
 use cubecl::std::tensor::TensorHandle;
-use delta_rule_kernels::StridesLaunch;
-use delta_rule_kernels::prepare::prepare;
-use delta_rule_kernels::scan::{StateStridesLaunch, scan};
 
 use crate::host::check_presence;
-use crate::{Error, GateTransform, Ident, Options, Problem, Result, StateLayout};
-use plan::Plan;
-use tensors::{Checked, checked};
+use crate::{Ident, Options, Problem, Result, StateLayout};
+use call::Call;
+use tensors::checked;
 
 /// Computes `o` and the final state into new buffers.
 ///
@@ -84,8 +82,6 @@ pub fn forward_into<R: Runtime>(
     let given = [inputs.g.is_some(), inputs.a_log.is_some(), inputs.dt_bias.is_some()];
     check_presence(problem, options, given)?;
     dtypes.validate(client)?;
-    let has_bias = inputs.dt_bias.is_some();
-    let has_initial_state = inputs.initial_state.is_some();
 
     let check = |ident, tensor, dtype| checked(client, problem, options, ident, tensor, dtype);
     let optional = |ident, tensor: Option<TensorBinding<R>>, dtype| {
@@ -103,102 +99,11 @@ pub fn forward_into<R: Runtime>(
     let o = check(Ident::O, o, dtypes.data)?;
     let final_state = check(Ident::FinalState, final_state, f32)?;
 
-    let vector = if [&q, &k, &v, &o].iter().all(|t| t.vectorizes(dtypes.data)) { 4 } else { 1 };
-    let plan = Plan::new(client, problem, options, has_bias, has_initial_state)?;
-    let bp = plan.blueprint;
-    let table = client.create_from_slice(&plan.table_bytes());
-    // The ordinary pools give a large buffer back to the driver between two calls, which costs more than the
-    // kernels.
-    let scratch = client
-        .memory_persistent_allocation(plan.scratch_bytes.max(MIN_BUFFER), |bytes| client.empty(bytes))
-        .map_err(|e| Error::Device { what: e.to_string() })?;
-    let array = |handle: &Handle, len| unsafe { ArrayArg::<R>::from_raw_parts(handle.clone(), len) };
-    let table_arg = || array(&table, plan.table.len());
-    // A tensor of no elements has no buffer that could be bound, and one that is absent is never read.
-    let arg = |tensor: Option<&Checked<R>>| match tensor {
-        Some(t) if t.elements > 0 => t.arg(),
-        _ => table_arg(),
-    };
-    let at = |t: Option<&Checked<R>>| {
-        let [b, t, h] = t.map_or([0; 3], |t| [t.strides[0], t.strides[1], t.strides[2]]);
-        StridesLaunch::<R>::new(b, t, h)
-    };
-    let state_at = |t: Option<&Checked<R>>| {
-        let s = t.map_or(vec![0; 4], |t| t.strides.clone());
-        let (k, v) = match options.state_layout {
-            StateLayout::KeyFirst => (s[2], s[3]),
-            StateLayout::ValueFirst => (s[3], s[2]),
-        };
-        StateStridesLaunch::<R>::new(s[0], s[1], k, v)
-    };
-    let group = (problem.shape().value_heads / problem.shape().heads) as u32;
-    let lower_bound = match options.gate {
-        GateTransform::Bounded { lower_bound } => lower_bound as f32,
-        _ => 0.0,
-    };
-
-    for (first_head, heads) in plan.passes() {
-        let scratch_arg = || array(&scratch, plan.scratch_bytes / 4);
-        if plan.chunks > 0 {
-            // Safety: every index lies inside its buffer, as `checked` has found from shapes and strides.
-            unsafe {
-                prepare::launch_unchecked::<R>(
-                    client,
-                    plan.cubes(plan.chunks * heads),
-                    CubeDim::new_1d(bp.prepare_units() as u32),
-                    vector,
-                    arg(Some(&q)),
-                    arg(Some(&k)),
-                    arg(Some(&beta)),
-                    arg(g.as_ref()),
-                    arg(a_log.as_ref()),
-                    arg(dt_bias.as_ref()),
-                    table_arg(),
-                    scratch_arg(),
-                    scratch_arg(),
-                    at(Some(&q)),
-                    at(Some(&k)),
-                    at(Some(&beta)),
-                    at(g.as_ref()),
-                    problem.sequences() as u32,
-                    plan.chunks as u32,
-                    first_head as u32,
-                    heads as u32,
-                    group,
-                    options.scale_for(problem.shape().key_dim) as f32,
-                    lower_bound,
-                    bp,
-                    [dtypes.data, dtypes.beta, dtypes.gate],
-                );
-            }
-        }
-        // Safety: as above.
-        unsafe {
-            scan::launch_unchecked::<R>(
-                client,
-                plan.cubes(problem.sequences() * heads * bp.value_tiles()),
-                CubeDim::new_1d(bp.scan_units() as u32),
-                vector,
-                arg(Some(&v)),
-                scratch_arg(),
-                scratch_arg(),
-                arg(initial_state.as_ref()),
-                table_arg(),
-                if o.elements > 0 { o.arg() } else { array(&client.empty(MIN_BUFFER), 1) },
-                final_state.arg(),
-                at(Some(&v)),
-                at(Some(&o)),
-                state_at(initial_state.as_ref()),
-                state_at(Some(&final_state)),
-                problem.sequences() as u32,
-                first_head as u32,
-                heads as u32,
-                bp,
-                dtypes.data,
-            );
-        }
+    let call = Call { problem, options, dtypes, q, k, v, beta, g, a_log, dt_bias, initial_state, o, final_state };
+    match mma::blueprint(client, &call) {
+        Some(blueprint) => mma::launch(client, &call, blueprint),
+        None => portable::launch(client, &call),
     }
-    Ok(())
 }
 
 /// No buffer is smaller: devices do not bind empty ones.

@@ -107,12 +107,12 @@ impl<R: Runtime> Checked<R> {
         unsafe { ArrayArg::from_raw_parts_binding(self.binding.handle.clone(), self.elements) }
     }
 
-    /// Whether rows can be read four channels at a time.
-    pub(super) fn vectorizes(&self, dtype: StorageType) -> bool {
+    /// Whether rows can be read `channels` at a time.
+    pub(super) fn vectorizes(&self, dtype: StorageType, channels: usize) -> bool {
         let outer = self.strides.len() - 1;
-        self.binding.shape[outer].is_multiple_of(4)
-            && self.strides[..outer].iter().all(|s| s.is_multiple_of(4))
-            && self.binding.handle.offset_start.unwrap_or(0).is_multiple_of(4 * dtype.size() as u64)
+        self.binding.shape[outer].is_multiple_of(channels)
+            && self.strides[..outer].iter().all(|s| s.is_multiple_of(channels as u32))
+            && self.binding.handle.offset_start.unwrap_or(0).is_multiple_of((channels * dtype.size()) as u64)
     }
 }
 

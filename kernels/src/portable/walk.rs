@@ -6,8 +6,9 @@
 
 use cubecl::prelude::*;
 
-use crate::blueprint::{Decay, SLICE_LD};
+use super::blueprint::SLICE_LD;
 use crate::record::F4;
+use crate::spec::Decay;
 
 /// A key and a query at the end of their walk.
 #[derive(CubeType, Clone, Copy)]

@@ -1,4 +1,6 @@
-//! Every choice that is made before a kernel is compiled.
+//! Every choice that is made before the portable kernels are compiled.
+
+use crate::spec::{Decay, Spec};
 
 /// Channels that one pass over a tile covers.
 pub(crate) const SLICE: usize = 32;
@@ -7,50 +9,11 @@ pub(crate) const SLICE4: usize = SLICE / 4;
 /// Row length, in four-vectors, of a slice in shared memory: odd, so that rows fall into different banks.
 pub(crate) const SLICE_LD: usize = SLICE4 + 1;
 
-/// How the state decays.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Decay {
-    /// Not at all.
-    None,
-    /// One gate per value head.
-    Head,
-    /// One gate per key channel.
-    Channel,
-}
-
-/// What beta holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum BetaMap {
-    /// Beta.
-    Identity,
-    /// A logit of $\sigma$.
-    Sigmoid,
-    /// A logit of $2\sigma$.
-    TwoSigmoid,
-}
-
-/// What g holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum GateMap {
-    /// The log decay.
-    Identity,
-    /// The argument of $-e^{A}\,\mathrm{softplus}(\cdot + b)$.
-    Softplus,
-    /// The argument of $l\,\sigma(e^{A}(\cdot + b))$.
-    Bounded,
-}
-
 /// A specialisation of the kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Blueprint {
-    /// How the state decays.
-    pub decay: Decay,
-    /// Writes per token, $n_h$.
-    pub micro_steps: usize,
-    /// K.
-    pub key_dim: usize,
-    /// V.
-    pub value_dim: usize,
+    /// What is computed.
+    pub spec: Spec,
     /// C, micro-steps per chunk: 16 or 32.
     pub chunk: usize,
     /// Value channels of one cube of `scan`, a multiple of 4.
@@ -59,27 +22,17 @@ pub struct Blueprint {
     pub unit_rows: usize,
     /// Units per row in `prepare`, each taking its share of the channels.
     pub parts: usize,
-    /// Whether q and k are L2-normalised first.
-    pub qk_l2norm: bool,
-    /// What beta holds.
-    pub beta: BetaMap,
-    /// What g holds.
-    pub gate: GateMap,
-    /// Whether there is a `dt_bias`.
-    pub has_bias: bool,
-    /// Whether there is an initial state.
-    pub has_initial_state: bool,
 }
 
 impl Blueprint {
     /// K rounded up to whole slices; the padding is zero.
     pub fn padded_key_dim(&self) -> usize {
-        self.key_dim.div_ceil(SLICE) * SLICE
+        self.spec.key_dim.div_ceil(SLICE) * SLICE
     }
 
     /// Rows of Q in a chunk: at most this many tokens end in C micro-steps.
     pub fn reads(&self) -> usize {
-        self.chunk.div_ceil(self.micro_steps)
+        self.chunk.div_ceil(self.spec.micro_steps)
     }
 
     /// Units of a `prepare` cube.
@@ -94,13 +47,13 @@ impl Blueprint {
 
     /// Cubes that share the value channels of one head in `scan`.
     pub fn value_tiles(&self) -> usize {
-        self.value_dim.div_ceil(self.value_tile)
+        self.spec.value_dim.div_ceil(self.value_tile)
     }
 
     /// Shared memory of the larger kernel, in bytes.
     pub fn shared_memory(&self) -> usize {
         let f = 4;
-        let slices = if self.decay == Decay::Channel { 3 } else { 2 };
+        let slices = if self.spec.decay == Decay::Channel { 3 } else { 2 };
         let prepare = slices * self.chunk * SLICE_LD * 4 * f
             + 3 * self.chunk * (self.chunk + 1) * f
             + (4 + 2 * self.parts) * self.chunk * f;

@@ -2,11 +2,12 @@
 
 use cubecl::prelude::*;
 
-use crate::blueprint::{Blueprint, Decay, SLICE, SLICE_LD, SLICE4};
-use crate::inverse::invert;
-use crate::math::{beta_of, decay_of};
+use super::blueprint::{Blueprint, SLICE, SLICE_LD, SLICE4};
+use super::inverse::invert;
+use crate::math::{beta_of, decay_of, gate_constants};
+use crate::spec::Decay;
 use crate::record::{F4, Strides, load4, sequence};
-use crate::walk::{decay_after, walk_down, walk_row};
+use super::walk::{decay_after, walk_down, walk_row};
 
 /// The chunk that a cube works on.
 #[derive(CubeType, Clone, Copy)]
@@ -57,11 +58,11 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
     }
     let chunk = comptime!(bp.chunk);
     let units = comptime!(bp.prepare_units());
-    let n_h = comptime!(bp.micro_steps);
+    let n_h = comptime!(bp.spec.micro_steps);
     let reads = comptime!(bp.reads());
     let ld = comptime!(chunk + 1);
     let padded = comptime!(bp.padded_key_dim());
-    let per_channel = comptime!(bp.decay == Decay::Channel);
+    let per_channel = comptime!(bp.spec.decay == Decay::Channel);
     let decays_len = comptime!(if per_channel { chunk * SLICE_LD } else { 1 });
 
     let mut keys = SharedMemory::<F4>::new(chunk * SLICE_LD);
@@ -98,12 +99,12 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
         if valid {
             b = beta_of(
                 f32::cast_from(beta[beta_at.at(here.row, here.start * n_h + step0 + i, hv)]),
-                bp.beta,
+                bp.spec.beta,
             );
-            if comptime!(bp.decay == Decay::Head) && (step0 + i) % n_h == 0 {
-                let (a, bias) = gate_constants(a_log, dt_bias, hv, 0usize, bp);
+            if comptime!(bp.spec.decay == Decay::Head) && (step0 + i) % n_h == 0 {
+                let (a, bias) = gate_constants(a_log, dt_bias, hv, 0usize, bp.spec);
                 let x = f32::cast_from(g[g_at.at(here.row, here.start + token, hv)]);
-                d = decay_of(x, a, bias, lower_bound, bp.gate);
+                d = decay_of(x, a, bias, lower_bound, bp.spec.gate);
             }
         }
         betas[i] = b;
@@ -113,7 +114,7 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
     }
     sync_cube();
 
-    if comptime!(bp.qk_l2norm) {
+    if comptime!(bp.spec.qk_l2norm) {
         let mut kk = 0.0f32;
         let mut qq = 0.0f32;
         for s in 0..comptime!(bp.slices()) {
@@ -160,7 +161,7 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
     }
     let mut from_start = 1.0f32;
     let mut to_end = 1.0f32;
-    if comptime!(bp.decay == Decay::Head) {
+    if comptime!(bp.spec.decay == Decay::Head) {
         for l in 0..chunk {
             from_start *= select(l <= i, head_decays[l], 1.0f32);
             to_end *= select(l > i, head_decays[l], 1.0f32);
@@ -177,7 +178,7 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
         while c < SLICE4 {
             let channel = s * SLICE4 + c;
             let key = keys[i * SLICE_LD + c];
-            let end = walk_down(&mut gk, &mut gq, &queries, &keys, &decays, i, c, chunk, bp.decay);
+            let end = walk_down(&mut gk, &mut gq, &queries, &keys, &decays, i, c, chunk, bp.spec.decay);
             let mut after = F4::new(to_end);
             let mut whole = F4::new(from_start * to_end);
             if comptime!(per_channel) {
@@ -221,7 +222,7 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
         sync_cube();
     }
     if part == 0 {
-        if comptime!(bp.decay == Decay::Head) {
+        if comptime!(bp.spec.decay == Decay::Head) {
             walk_row(&mut akk, i * ld, &head_decays, i);
             walk_row(&mut aqk, i * ld, &head_decays, i);
         }
@@ -252,30 +253,6 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
     }
 }
 
-/// `(A_log, dt_bias)` of a head and channel.
-#[cube]
-fn gate_constants(
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
-    hv: usize,
-    channel: usize,
-    #[comptime] bp: Blueprint,
-) -> (f32, f32) {
-    let mut a = 0.0f32;
-    let mut bias = 0.0f32;
-    if comptime!(bp.gate != crate::GateMap::Identity) {
-        a = a_log[hv];
-        if comptime!(bp.has_bias) {
-            if comptime!(bp.decay == Decay::Channel) {
-                bias = dt_bias[hv * bp.key_dim + channel];
-            } else {
-                bias = dt_bias[hv];
-            }
-        }
-    }
-    (a, bias)
-}
-
 /// Slice `s` of the chunk's keys and, in the rows where a token ends, of its queries.
 #[cube]
 fn load_qk<F: Float, N: Size>(
@@ -292,7 +269,7 @@ fn load_qk<F: Float, N: Size>(
     k_rstd: &SharedMemory<f32>,
     #[comptime] bp: Blueprint,
 ) {
-    let n_h = comptime!(bp.micro_steps);
+    let n_h = comptime!(bp.spec.micro_steps);
     let mut x = UNIT_POS as usize;
     while x < comptime!(bp.chunk * SLICE4) {
         let row = x / SLICE4;
@@ -301,11 +278,11 @@ fn load_qk<F: Float, N: Size>(
         let step = here.step0 + row;
         let valid = row < here.rows;
         let k_row = k_at.at(here.row, here.start * n_h + step, h);
-        let key = load4(k, k_row, channel, valid, bp.key_dim);
+        let key = load4(k, k_row, channel, valid, bp.spec.key_dim);
         keys[row * SLICE_LD + c] = key * F4::new(k_rstd[row]);
         let is_read = valid && (step + 1) % n_h == 0;
         let q_row = q_at.at(here.row, here.start + step / n_h, h);
-        let query = load4(q, q_row, channel, is_read, bp.key_dim);
+        let query = load4(q, q_row, channel, is_read, bp.spec.key_dim);
         queries[row * SLICE_LD + c] = query * F4::new(q_rstd[row]);
         x += bp.prepare_units();
     }
@@ -325,7 +302,7 @@ fn load_decays<G: Float>(
     lower_bound: f32,
     #[comptime] bp: Blueprint,
 ) {
-    let n_h = comptime!(bp.micro_steps);
+    let n_h = comptime!(bp.spec.micro_steps);
     let mut x = UNIT_POS as usize;
     while x < comptime!(bp.chunk * SLICE4) {
         let row = x / SLICE4;
@@ -337,9 +314,9 @@ fn load_decays<G: Float>(
             #[unroll]
             for e in 0..4usize {
                 let channel = s * SLICE + 4 * c + e;
-                if channel < bp.key_dim {
-                    let (a, bias) = gate_constants(a_log, dt_bias, hv, channel, bp);
-                    d[e] = decay_of(f32::cast_from(g[at + channel]), a, bias, lower_bound, bp.gate);
+                if channel < bp.spec.key_dim {
+                    let (a, bias) = gate_constants(a_log, dt_bias, hv, channel, bp.spec);
+                    d[e] = decay_of(f32::cast_from(g[at + channel]), a, bias, lower_bound, bp.spec.gate);
                 }
             }
         }

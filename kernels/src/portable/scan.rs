@@ -2,22 +2,9 @@
 
 use cubecl::prelude::*;
 
-use crate::blueprint::Blueprint;
-use crate::record::{F4, Strides, load4, sequence, store4};
-use crate::tile::mma;
-
-/// Element strides of a state `[N, HV, K, V]` in any layout.
-#[derive(CubeType, CubeLaunch, Clone, Copy)]
-pub struct StateStrides {
-    /// From sequence to sequence.
-    pub n: u32,
-    /// From head to head.
-    pub h: u32,
-    /// From key channel to key channel.
-    pub k: u32,
-    /// From value channel to value channel.
-    pub v: u32,
-}
+use super::blueprint::Blueprint;
+use crate::record::{F4, StateStrides, Strides, load4, sequence, store4};
+use super::tile::mma;
 
 /// Reads the records of [`prepare`](mod@crate::prepare) and writes o and the final state.
 /// `scratch_scalars` is `scratch` again.
@@ -50,7 +37,7 @@ pub fn scan<F: Float, N: Size>(
     }
     let chunk = comptime!(bp.chunk);
     let reads = comptime!(bp.reads());
-    let n_h = comptime!(bp.micro_steps);
+    let n_h = comptime!(bp.spec.micro_steps);
     let rows = comptime!(bp.tile_rows());
     let cols = comptime!(bp.tile_cols());
     let held = comptime!(bp.unit_rows);
@@ -75,11 +62,11 @@ pub fn scan<F: Float, N: Size>(
     let mut key = ty;
     while key < padded {
         let mut s = F4::new(0.0f32);
-        if comptime!(bp.has_initial_state) && key < bp.key_dim {
+        if comptime!(bp.spec.has_initial_state) && key < bp.spec.key_dim {
             let at = n * initial_at.n as usize + hv * initial_at.h as usize + key * initial_at.k as usize;
             #[unroll]
             for e in 0..4usize {
-                if channel + e < bp.value_dim {
+                if channel + e < bp.spec.value_dim {
                     s[e] = initial_state[at + (channel + e) * initial_at.v as usize];
                 }
             }
@@ -123,7 +110,7 @@ pub fn scan<F: Float, N: Size>(
         for r in 0..held {
             let row = ty + r * rows;
             let at = v_at.at(seq.row, seq.start * n_h + step0 + row, hv);
-            writes[row * cols + tx] = load4(v, at, channel, row < here, bp.value_dim) - acc[r];
+            writes[row * cols + tx] = load4(v, at, channel, row < here, bp.spec.value_dim) - acc[r];
             acc[r] = F4::new(0.0f32);
         }
         sync_cube();
@@ -170,7 +157,7 @@ pub fn scan<F: Float, N: Size>(
             let row = ty + r * rows;
             if row < reads_here {
                 let at = o_at.at(seq.row, seq.start + first_read + row, hv);
-                store4(o, at, channel, acc[held + r], bp.value_dim);
+                store4(o, at, channel, acc[held + r], bp.spec.value_dim);
             }
         }
 
@@ -209,12 +196,12 @@ pub fn scan<F: Float, N: Size>(
     }
 
     let mut key = ty;
-    while key < bp.key_dim {
+    while key < bp.spec.key_dim {
         let s = state[key * cols + tx];
         let at = n * final_at.n as usize + hv * final_at.h as usize + key * final_at.k as usize;
         #[unroll]
         for e in 0..4usize {
-            if channel + e < bp.value_dim {
+            if channel + e < bp.spec.value_dim {
                 final_state[at + (channel + e) * final_at.v as usize] = s[e];
             }
         }

@@ -1,0 +1,184 @@
+//! The forward on large shapes, as `docs/performance.md` lists them: bf16 data, f32 states, one line each.
+
+use std::time::Instant;
+
+use delta_rule::cubecl::cuda::CudaRuntime;
+use delta_rule::cubecl::future::block_on;
+use delta_rule::cubecl::prelude::*;
+use delta_rule::cubecl::std::tensor::TensorHandle;
+use delta_rule::gpu::{DTypes, DeviceInputs, client, forward, forward_into};
+use delta_rule::{Decay, Ident, Options, Problem, Rule, Shape};
+
+/// What a GPU that does nothing but copy reaches, in bytes per ns: the floor is the time to read the inputs and
+/// to write the outputs once.
+const COPY: f64 = 4190.0;
+
+struct Case {
+    rule: &'static str,
+    /// B, T, HV, K, V.
+    shape: [usize; 5],
+    gates: Gates,
+    packed: usize,
+    /// What flash-linear-attention takes, in ms.
+    fla: Option<f64>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Gates {
+    Weak,
+    Zero,
+}
+
+fn cases() -> Vec<Case> {
+    let case = |rule, shape, fla| Case { rule, shape, gates: Gates::Weak, packed: 0, fla };
+    let d = |b, t, h| [b, t, h, 128, 128];
+    let mut out = Vec::new();
+    for (rule, short, long) in [
+        ("deltanet", 1.037, 2.08),
+        ("gated_deltanet", 0.952, 1.91),
+        ("kda", 1.898, 3.77),
+        ("delta_product_2", 1.94, 3.88),
+    ] {
+        out.push(case(rule, d(8, 2048, 32), Some(short)));
+        out.push(case(rule, d(4, 8192, 32), Some(long)));
+    }
+    for (rule, shape, fla) in [
+        ("gated_deltanet", d(1, 8192, 32), Some(0.492)),
+        ("kda", d(1, 8192, 32), Some(0.979)),
+        ("gated_deltanet", d(1, 65536, 32), Some(3.862)),
+        ("gated_deltanet", d(1, 2048, 32), Some(0.137)),
+        ("gated_deltanet", d(1, 32768, 8), None),
+        ("gated_deltanet", [8, 2048, 32, 64, 64], None),
+        ("gated_deltanet", [8, 2048, 32, 96, 96], None),
+        ("gated_deltanet", [8, 2048, 32, 256, 256], None),
+        ("gated_deltanet", d(1, 262144, 32), None),
+    ] {
+        out.push(case(rule, shape, fla));
+    }
+    for shape in [d(1, 8192, 32), d(1, 65536, 32), d(1, 32768, 8)] {
+        out.push(Case { gates: Gates::Zero, ..case("gated_deltanet", shape, None) });
+    }
+    for n in [8, 32] {
+        out.push(Case { packed: n, ..case("gated_deltanet", d(1, 16384, 32), None) });
+    }
+    out
+}
+
+fn rule_of(name: &str) -> Rule {
+    match name {
+        "deltanet" => Rule::deltanet(),
+        "gated_deltanet" => Rule::gated_deltanet(),
+        "kda" => Rule::kda(),
+        _ => Rule::delta_product(2),
+    }
+}
+
+/// A buffer of `len` pseudo-random elements, drawn once per 2^16 and repeated.
+fn random(client: &ComputeClient<CudaRuntime>, shape: Vec<usize>, bf16: bool, f: impl Fn(f64) -> f64) -> TensorHandle<CudaRuntime> {
+    let mut seed = shape.len() as u64;
+    let mut next = || {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        f((seed >> 33) as f64 / (1u64 << 31) as f64)
+    };
+    let len: usize = shape.iter().product();
+    let block: Vec<f32> = (0..(1 << 16).min(len)).map(|_| next() as f32).collect();
+    let bytes: Vec<u8> = if bf16 {
+        block.iter().flat_map(|&x| half::bf16::from_f32(x).to_ne_bytes()).collect()
+    } else {
+        block.iter().flat_map(|x| x.to_ne_bytes()).collect()
+    };
+    let size = len * if bf16 { 2 } else { 4 };
+    let data: Vec<u8> = bytes.iter().copied().cycle().take(size).collect();
+    let dtype = if bf16 { bf16_type() } else { f32::as_type_native_unchecked().storage_type() };
+    TensorHandle::new_contiguous(shape, client.create_from_slice(&data), dtype)
+}
+
+fn bf16_type() -> delta_rule::cubecl::ir::StorageType {
+    half::bf16::as_type_native_unchecked().storage_type()
+}
+
+/// Times every case; a filter is a part of a rule's name or of the shape as printed.
+pub(crate) fn run(filter: Option<&str>) {
+    let Ok(client) = client::<CudaRuntime>(&Default::default()) else {
+        println!("SKIPPED: there is no CUDA device");
+        return;
+    };
+    println!(
+        "{:16} {:>24} {:5} {:>9} {:>9} {:>9} {:>8} {:>8} {:>9}",
+        "rule", "B x T x HV x K x V", "gates", "first s", "ms", "ns/th", "of floor", "FLA ms", "x FLA"
+    );
+    for case in cases() {
+        let [batch, tokens, heads, key_dim, value_dim] = case.shape;
+        let packed = if case.packed > 0 { format!("{}:", case.packed) } else { String::new() };
+        let label = format!("{packed}{batch} x {tokens} x {heads} x {key_dim} x {value_dim}");
+        if filter.is_some_and(|f| !case.rule.contains(f) && !label.contains(f)) {
+            continue;
+        }
+        let shape = Shape { batch, tokens, heads, value_heads: heads, key_dim, value_dim };
+        let mut problem = Problem::new(rule_of(case.rule), shape).expect("a valid problem");
+        if case.packed > 0 {
+            let cut: Vec<_> = (0..=case.packed).map(|n| n * tokens / case.packed).collect();
+            problem = problem.with_cu_seqlens(&cut).expect("valid offsets");
+        }
+        let width = (3.0 / key_dim as f64).sqrt();
+        let new = |ident, bf16, f: &dyn Fn(f64) -> f64| random(&client, problem.shape_of(ident), bf16, f);
+        let unit = |x: f64| width * (2.0 * x - 1.0);
+        let (q, k) = (new(Ident::Q, true, &unit), new(Ident::K, true, &unit));
+        let v = new(Ident::V, true, &|x| 2.0 * x - 1.0);
+        let beta = new(Ident::Beta, false, &|x| x);
+        // log sigmoid of a spread-out variable, over 16.
+        let weak = |x: f64| -(1.0 + (3.0 - 6.0 * x).exp()).ln() / 16.0;
+        let gate = |x: f64| if case.gates == Gates::Weak { weak(x) } else { 0.0 };
+        let g = (problem.rule().decay != Decay::None).then(|| new(Ident::G, false, &gate));
+        let inputs = || DeviceInputs {
+            g: g.clone().map(|g| g.binding()),
+            ..DeviceInputs::new(
+                q.clone().binding(),
+                k.clone().binding(),
+                v.clone().binding(),
+                beta.clone().binding(),
+            )
+        };
+        let (options, dtypes) = (Options::new(), DTypes::mixed(bf16_type()));
+        block_on(client.sync()).expect("the device works");
+        let start = Instant::now();
+        let out = forward(&client, &problem, &options, inputs(), dtypes).expect("a valid call");
+        block_on(client.sync()).expect("the device works");
+        let first = start.elapsed().as_secs_f64();
+        let mut call = |n: usize| {
+            let start = Instant::now();
+            for _ in 0..n {
+                let (o, state) = (out.o.clone().binding(), out.final_state.clone().binding());
+                forward_into(&client, &problem, &options, inputs(), dtypes, o, state).expect("a valid call");
+            }
+            block_on(client.sync()).expect("the device works");
+            start.elapsed().as_secs_f64()
+        };
+        // What a wait costs is taken out: the slope between few launches and many.
+        let mut slopes: Vec<f64> = (0..7)
+            .map(|_| {
+                let few = call(2);
+                (call(12) - few) / 10.0
+            })
+            .collect();
+        slopes.sort_by(f64::total_cmp);
+        let seconds = slopes[3];
+        let elements = |idents: &[Ident]| idents.iter().map(|&i| problem.len_of(i)).sum::<usize>();
+        let bytes = 2 * elements(&[Ident::Q, Ident::K, Ident::V, Ident::O])
+            + 4 * elements(&[Ident::Beta, Ident::FinalState])
+            + g.as_ref().map_or(0, |_| 4 * problem.len_of(Ident::G));
+        let floor = bytes as f64 / COPY * 1e-9;
+        println!(
+            "{:16} {:>24} {:5} {:>9.2} {:>9.4} {:>9.3} {:>8.2} {:>8} {:>9}",
+            case.rule,
+            label,
+            if case.gates == Gates::Weak { "weak" } else { "0" },
+            first,
+            seconds * 1e3,
+            seconds * 1e9 / (batch * tokens * heads) as f64,
+            floor / seconds,
+            case.fla.map_or("-".into(), |ms| format!("{ms:.3}")),
+            case.fla.map_or("-".into(), |ms| format!("{:.1}", ms * 1e-3 / seconds)),
+        );
+    }
+}

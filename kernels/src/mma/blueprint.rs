@@ -1,0 +1,136 @@
+//! Every choice that is made before a tensor-core kernel is compiled, and where things lie in shared memory.
+
+use crate::spec::Spec;
+
+/// C, micro-steps per chunk: one per unit of a plane.
+pub const CHUNK: usize = 32;
+/// Rows of a tensor-core tile.
+pub(crate) const TILE: usize = 16;
+/// Tiles of micro-steps in a chunk.
+pub(crate) const BLOCKS: usize = CHUNK / TILE;
+/// Chunks whose inputs lie in shared memory at a time: one is read and written, one prepared, two are on
+/// their way.
+pub(crate) const STAGES: usize = 4;
+/// Planes that prepare chunks and read the state, beside those that write it.
+pub(crate) const READERS: usize = 4;
+/// Units of 16 bytes in a 16 x 16 block.
+pub(crate) const BLOCK_UNITS: usize = 32;
+
+/// A specialisation of the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Blueprint {
+    /// What is computed. K and V are multiples of 16.
+    pub spec: Spec,
+    /// Value channels of one cube.
+    pub value_tile: usize,
+    /// 16-channel tiles of values that one writer holds.
+    pub held: usize,
+}
+
+impl Blueprint {
+    /// Planes that write the state.
+    pub fn writers(&self) -> usize {
+        self.value_tile / (TILE * self.held)
+    }
+
+    /// Units of a cube.
+    pub fn units(&self) -> usize {
+        32 * (self.writers() + READERS)
+    }
+
+    /// Cubes that share the value channels of one head.
+    pub fn value_tiles(&self) -> usize {
+        self.spec.value_dim.div_ceil(self.value_tile)
+    }
+
+    /// Shared memory in bytes.
+    pub fn shared_memory(&self) -> usize {
+        16 * self.units_of_memory() + 4 * (2 * FACTORS + BLOCKS * LEAF_PAIRS * 2) + 64
+    }
+
+    /// 16-row tiles of queries in a chunk.
+    pub(crate) fn read_blocks(&self) -> usize {
+        if self.spec.micro_steps == 1 { BLOCKS } else { 1 }
+    }
+
+    /// Accumulators of the outputs that one plane reads.
+    pub(crate) fn read_tiles(&self) -> usize {
+        2 * self.held * self.read_blocks()
+    }
+
+    /// Steps of a product over the key channels.
+    pub(crate) fn key_steps(&self) -> usize {
+        self.spec.key_dim / TILE
+    }
+
+    // Offsets and sizes in shared memory, in units of 16 bytes. Rows of keys, queries and values have an odd
+    // length, so that eight of them fall into different banks.
+
+    pub(crate) fn key_row(&self) -> usize {
+        self.spec.key_dim / 8 + 1
+    }
+
+    pub(crate) fn value_row(&self) -> usize {
+        self.value_tile / 8 + 1
+    }
+
+    pub(crate) fn q_at(&self) -> usize {
+        CHUNK * self.key_row()
+    }
+
+    pub(crate) fn v_at(&self) -> usize {
+        self.q_at() + TILE * self.read_blocks() * self.key_row()
+    }
+
+    pub(crate) fn stage(&self) -> usize {
+        self.v_at() + CHUNK * self.value_row()
+    }
+
+    pub(crate) fn state_at(&self) -> usize {
+        STAGES * self.stage()
+    }
+
+    pub(crate) fn writes_at(&self) -> usize {
+        self.state_at() + self.value_tile / TILE * self.key_steps() * BLOCK_UNITS
+    }
+
+    pub(crate) fn blocks_at(&self) -> usize {
+        self.writes_at() + self.value_tile / TILE * BLOCKS * BLOCK_UNITS
+    }
+
+    /// The blocks of one chunk: the leaves of T, the erasing block below the diagonal, P.
+    pub(crate) fn chunk_blocks(&self) -> usize {
+        self.p_block(self.read_blocks() - 1, BLOCKS - 1) + 1
+    }
+
+    /// Which block holds reads `r` and micro-steps `j`.
+    pub(crate) fn p_block(&self, r: usize, j: usize) -> usize {
+        let below = if self.spec.micro_steps == 1 { r * (r + 1) / 2 } else { r * BLOCKS };
+        P_BLOCKS + below + j
+    }
+
+    /// Blocks of P in row `r`: a query sees the micro-steps up to its own.
+    pub(crate) fn p_blocks(&self, r: usize) -> usize {
+        if self.spec.micro_steps == 1 { r + 1 } else { BLOCKS }
+    }
+
+    pub(crate) fn units_of_memory(&self) -> usize {
+        self.blocks_at() + 2 * self.chunk_blocks() * BLOCK_UNITS
+    }
+}
+
+/// The block that takes what the first half of a chunk wrote from the second half.
+pub(crate) const ERASE_BLOCK: usize = BLOCKS;
+/// The first block of P.
+pub(crate) const P_BLOCKS: usize = ERASE_BLOCK + 1;
+
+// Factors of a chunk, in floats.
+pub(crate) const ERASE_AT: usize = 0;
+pub(crate) const WRITE_AT: usize = CHUNK;
+pub(crate) const READ_AT: usize = 2 * CHUNK;
+pub(crate) const DECAY_AT: usize = 3 * CHUNK;
+pub(crate) const FACTORS: usize = 3 * CHUNK + 4;
+
+/// Pairs of floats in a row of a leaf, one of them padding.
+pub(crate) const LEAF_ROW: usize = TILE / 2 + 1;
+pub(crate) const LEAF_PAIRS: usize = TILE * LEAF_ROW;

@@ -1,0 +1,463 @@
+//! What a chunk needs before its state is known: gates, Gram matrices, and the inverse of their leaves.
+//!
+//! Plane `b` takes 16 rows of [K; Q] and multiplies them by the keys of the chunk. With $\rho$ the reciprocal
+//! norms (or 1) and $\Gamma_{ij} = e^{G_i - G_j}$, the writes of the chunk, N with row j times $\rho_j$,
+//! obey, block by block,
+//!
+//! ```text
+//! N_0 = T_0 (V_0 - e^G . K_0 S)         T_b = diag(rho) (I + L_b)^-1 diag(beta)
+//! N_1 = T_1 (V_1 - e^G . K_1 S - E N_0)   E = Gamma . K_1 K_0^T
+//! ```
+//!
+//! so that only 16 x 16 leaves are inverted, and T is never multiplied out.
+
+use cubecl::prelude::*;
+
+use super::blueprint::{
+    BLOCK_UNITS, BLOCKS, Blueprint, CHUNK, DECAY_AT, ERASE_AT, ERASE_BLOCK, FACTORS, LEAF_PAIRS, LEAF_ROW, READ_AT, TILE,
+    WRITE_AT,
+};
+use super::stage::Place;
+use super::tile::{AHEAD, Acc, Frag, Mma, Tile, V2, V8, by_columns, by_depth, in_block, load, mma2, scale_columns, store,
+    to_frag, zeros};
+use crate::math::{beta_of, gate_constants, log_decay_of};
+use crate::record::Strides;
+use crate::spec::{BetaMap, Decay};
+
+/// Below this log decay nothing is left in f32; without the bound one gate of -10000 would cost the sums of
+/// its neighbours their digits.
+const LOWEST: f32 = -104.0;
+
+/// Beta and g of one micro-step, as the caller holds them. A unit takes the micro-step of its lane.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Raw {
+    pub(crate) beta: f32,
+    pub(crate) g: f32,
+}
+
+/// Reads them, one chunk ahead of their use.
+#[cube]
+pub(crate) fn read_gates<B: Float, G: Float>(
+    beta: &Array<B>,
+    g: &Array<G>,
+    beta_at: &Strides,
+    g_at: &Strides,
+    place: &Place,
+    c: usize,
+    lane: usize,
+    #[comptime] bp: Blueprint,
+) -> Raw {
+    let n_h = comptime!(bp.spec.micro_steps);
+    let step = c * CHUNK + lane;
+    let seq = place.seq;
+    let mut raw = Raw { beta: 0.0f32, g: 0.0f32 };
+    if step < place.steps {
+        raw.beta = f32::cast_from(beta[beta_at.at(seq.row, seq.start * n_h + step, place.hv)]);
+        if comptime!(bp.spec.decay == Decay::Head) {
+            raw.g = f32::cast_from(g[g_at.at(seq.row, seq.start + step / n_h, place.hv)]);
+        }
+    }
+    raw
+}
+
+/// Beta of the lane's micro-step and the log decay from the start of the chunk to it, and to the end.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Gates {
+    beta: f32,
+    sum: f32,
+    total: f32,
+}
+
+#[cube]
+fn gates(
+    raw: &Raw,
+    a_log: f32,
+    bias: f32,
+    lower_bound: f32,
+    place: &Place,
+    c: usize,
+    lane: usize,
+    #[comptime] bp: Blueprint,
+) -> Gates {
+    let n_h = comptime!(bp.spec.micro_steps);
+    let step = c * CHUNK + lane;
+    let valid = step < place.steps;
+    let mut beta = beta_of(raw.beta, bp.spec.beta);
+    if comptime!(bp.spec.beta != BetaMap::Identity) {
+        beta = select(valid, beta, 0.0f32);
+    }
+    let mut sum = 0.0f32;
+    let mut total = 0.0f32;
+    if comptime!(bp.spec.decay == Decay::Head) {
+        let g = f32::max(log_decay_of(raw.g, a_log, bias, lower_bound, bp.spec.gate), LOWEST);
+        sum = running_sum(select(valid && step % n_h == 0, g, 0.0f32), lane);
+        total = plane_shuffle(sum, 31u32);
+    }
+    Gates { beta, sum, total }
+}
+
+/// The sum over this lane and those below it.
+#[cube]
+fn running_sum(x: f32, lane: usize) -> f32 {
+    let mut sum = x;
+    #[unroll]
+    for level in 0..5usize {
+        let below = plane_shuffle_up(sum, comptime!(1u32 << level));
+        sum += select(lane >= comptime!(1usize << level), below, 0.0f32);
+    }
+    sum
+}
+
+/// 16 rows of [K; Q] times all keys of the chunk, and the squares of the rows' norms (rows `lane / 4` and 8
+/// more).
+#[derive(CubeType)]
+pub(crate) struct Gram {
+    products: Sequence<Acc>,
+    squares: Vector<f32, V2>,
+}
+
+/// The products of row block `block` of [K; Q] in the stage at `base`.
+#[cube]
+pub(crate) fn gram<F: Float>(
+    mma: &Mma<F>,
+    tile: &Tile<F>,
+    base: usize,
+    block: usize,
+    lane: usize,
+    #[comptime] bp: Blueprint,
+) -> Gram {
+    let ld = comptime!(bp.key_row());
+    let left = base + block * comptime!(TILE * bp.key_row()) + by_depth(lane, ld);
+    let right = base + by_columns(lane, ld);
+    let mut products = zeros(comptime!(2 * BLOCKS));
+    let mut lo = Vector::<f32, V2>::cast_from(0.0f32);
+    let mut hi = Vector::<f32, V2>::cast_from(0.0f32);
+    let total = comptime!(bp.key_steps());
+    let ahead = comptime!((AHEAD / 2).min(bp.key_steps()));
+    let mut a = Sequence::<Frag<F>>::new();
+    let mut b = Sequence::<Frag<F>>::new();
+    #[unroll]
+    for step in 0..comptime!(total + ahead) {
+        if comptime!(step < total) {
+            a.push(load::<F>(mma, tile, left + 2 * step, false));
+            #[unroll]
+            for j in 0..BLOCKS {
+                b.push(load::<F>(mma, tile, right + j * comptime!(TILE * bp.key_row()) + 2 * step, false));
+            }
+        }
+        if comptime!(step >= ahead) {
+            let now = comptime!(step - ahead);
+            if comptime!(bp.spec.qk_l2norm) {
+                let f = a.index(now);
+                #[unroll]
+                for half in 0..2usize {
+                    let x = Vector::<f32, V2>::cast_from(f[comptime!(2 * half)]);
+                    let y = Vector::<f32, V2>::cast_from(f[comptime!(2 * half + 1)]);
+                    lo += x * x;
+                    hi += y * y;
+                }
+            }
+            #[unroll]
+            for j in 0..BLOCKS {
+                let right = b.index(comptime!(now * BLOCKS + j));
+                mma2::<F>(mma, &a, now, 0usize, right, &mut products, comptime!(2 * j), 0usize, 1usize);
+            }
+        }
+    }
+    let mut squares = Vector::<f32, V2>::cast_from(1.0f32);
+    if comptime!(bp.spec.qk_l2norm) {
+        squares[0] = over_row(lo[0] + lo[1]);
+        squares[1] = over_row(hi[0] + hi[1]);
+    }
+    Gram { products, squares }
+}
+
+/// The sum over the four units that share a row.
+#[cube]
+fn over_row(x: f32) -> f32 {
+    let y = x + plane_shuffle_xor(x, 1u32);
+    y + plane_shuffle_xor(y, 2u32)
+}
+
+/// The value that lane `8 n + 2 (lane % 4)` and the next hold: one factor per column of accumulator `n`.
+#[cube]
+fn at_columns(x: f32, n: usize, lane: usize) -> Vector<f32, V2> {
+    let column = (8 * n + 2 * (lane % 4)) as u32;
+    let mut out = Vector::<f32, V2>::cast_from(plane_shuffle(x, column));
+    out[1] = plane_shuffle(x, column + 1);
+    out
+}
+
+/// A per-row value of this plane's rows, at the columns of its accumulator `n` of 2.
+#[cube]
+fn rows_at_columns(rows: Vector<f32, V2>, lane: usize, #[comptime] n: usize) -> Vector<f32, V2> {
+    let from = (lane % 4 * 8) as u32;
+    let mut out = Vector::<f32, V2>::cast_from(plane_shuffle(rows[n], from));
+    out[1] = plane_shuffle(rows[n], from + 4);
+    out
+}
+
+/// The reciprocal norms, or 1.
+#[cube]
+fn reciprocal_norms(gram: &Gram, #[comptime] bp: Blueprint) -> Vector<f32, V2> {
+    let mut r = Vector::<f32, V2>::cast_from(1.0f32);
+    if comptime!(bp.spec.qk_l2norm) {
+        r[0] = f32::inverse_sqrt(gram.squares[0] + 1e-6f32);
+        r[1] = f32::inverse_sqrt(gram.squares[1] + 1e-6f32);
+    }
+    r
+}
+
+/// $\Gamma$ times accumulator `n`, for rows whose log decays are `rows`.
+#[cube]
+fn gate_product(acc: &Acc, rows: Vector<f32, V2>, gates: &Gates, n: usize, lane: usize, #[comptime] bp: Blueprint) -> Acc {
+    let mut out = Acc::new(2usize);
+    out[0] = acc[0];
+    out[1] = acc[1];
+    if comptime!(bp.spec.decay == Decay::Head) {
+        let columns = at_columns(gates.sum, n, lane);
+        #[unroll]
+        for e in 0..2usize {
+            let mut w = out[e];
+            w[0] = w[0] * f32::exp(f32::min(rows[e] - columns[0], 0.0f32));
+            w[1] = w[1] * f32::exp(f32::min(rows[e] - columns[1], 0.0f32));
+            out[e] = w;
+        }
+    }
+    out
+}
+
+/// `acc` where the column is at most `limit` (per row), times a factor per row; elsewhere 0.
+#[cube]
+fn masked(acc: &Acc, limit_lo: i32, limit_hi: i32, by: Vector<f32, V2>, n: usize, lane: usize) -> Acc {
+    let column = (8 * n + 2 * (lane % 4)) as i32;
+    let mut out = Acc::new(2usize);
+    let mut lo = acc[0] * Vector::cast_from(by[0]);
+    let mut hi = acc[1] * Vector::cast_from(by[1]);
+    lo[0] = select(column <= limit_lo, lo[0], 0.0f32);
+    lo[1] = select(column + 1 <= limit_lo, lo[1], 0.0f32);
+    hi[0] = select(column <= limit_hi, hi[0], 0.0f32);
+    hi[1] = select(column + 1 <= limit_hi, hi[1], 0.0f32);
+    out[0] = lo;
+    out[1] = hi;
+    out
+}
+
+/// Stores a 16 x 16 block that later is a right operand.
+#[cube]
+fn store_block<F: Float>(mma: &Mma<F>, tile: &mut Tile<F>, at: usize, lo: &Acc, hi: &Acc, lane: usize) {
+    let row = lane / 8 % 2 * 8 + lane % 8;
+    store::<F>(mma, tile, at + in_block(row, lane / 16), &to_frag::<F>(lo, hi), false);
+}
+
+/// Where one chunk's results go.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Target {
+    /// First unit of its blocks.
+    pub(crate) blocks: usize,
+    /// First of its factors.
+    pub(crate) factors: usize,
+}
+
+/// Turns the products of row block `block` into blocks and factors.
+#[cube]
+pub(crate) fn finish<F: Float>(
+    mma: &Mma<F>,
+    tile: &mut Tile<F>,
+    factors: &mut SharedMemory<f32>,
+    leaves: &mut SharedMemory<Vector<f32, V2>>,
+    gram: &Gram,
+    raw: &Raw,
+    a_log: &Array<f32>,
+    dt_bias: &Array<f32>,
+    lower_bound: f32,
+    scale: f32,
+    place: &Place,
+    c: usize,
+    to: Target,
+    block: usize,
+    lane: usize,
+    #[comptime] bp: Blueprint,
+) {
+    let (a, bias) = gate_constants(a_log, dt_bias, place.hv, 0usize, bp.spec);
+    let gates = gates(raw, a, bias, lower_bound, place, c, lane, bp);
+    if block < BLOCKS {
+        finish_keys::<F>(mma, tile, factors, leaves, gram, &gates, to, block, lane, bp);
+    } else if block < comptime!(BLOCKS + bp.read_blocks()) {
+        finish_queries::<F>(mma, tile, factors, gram, &gates, scale, c, to, block - BLOCKS, lane, bp);
+    }
+}
+
+/// The log decay at two micro-steps.
+#[cube]
+fn at_rows(x: f32, lo: usize, hi: usize) -> Vector<f32, V2> {
+    let mut out = Vector::<f32, V2>::cast_from(plane_shuffle(x, lo as u32));
+    out[1] = plane_shuffle(x, hi as u32);
+    out
+}
+
+#[cube]
+fn finish_keys<F: Float>(
+    mma: &Mma<F>,
+    tile: &mut Tile<F>,
+    factors: &mut SharedMemory<f32>,
+    leaves: &mut SharedMemory<Vector<f32, V2>>,
+    gram: &Gram,
+    gates: &Gates,
+    to: Target,
+    block: usize,
+    lane: usize,
+    #[comptime] bp: Blueprint,
+) {
+    let norms = reciprocal_norms(gram, bp);
+    let row = lane / 4;
+    let first = block * TILE;
+    let sums = at_rows(gates.sum, first + row, first + row + 8);
+
+    // The leaf on the diagonal: L_ij = beta_i rho_i rho_j Gamma_ij k_i . k_j below it.
+    let betas = at_rows(gates.beta, first + row, first + row + 8);
+    let leaf = block * LEAF_PAIRS;
+    #[unroll]
+    for n in 0..2usize {
+        let mut acc = Acc::new(2usize);
+        let x = gram.products.index(n);
+        let y = gram.products.index(comptime!(n + 2));
+        acc[0] = select(block == 0, x[0], y[0]);
+        acc[1] = select(block == 0, x[1], y[1]);
+        let mut l = gate_product(&acc, sums, gates, 2 * block + n, lane, bp);
+        if comptime!(bp.spec.qk_l2norm) {
+            scale_columns(&mut l, rows_at_columns(norms, lane, n));
+        }
+        let l = masked(&l, row as i32 - 1, row as i32 + 7, betas * norms, n, lane);
+        leaves[leaf + row * LEAF_ROW + 4 * n + lane % 4] = l[0];
+        leaves[leaf + (row + 8) * LEAF_ROW + 4 * n + lane % 4] = l[1];
+    }
+
+    if block == 1 {
+        let by = Vector::cast_from(0.0f32) - norms;
+        let mut e = Sequence::<Acc>::new();
+        #[unroll]
+        for n in 0..2usize {
+            let g = gate_product(gram.products.index(n), sums, gates, n, lane, bp);
+            e.push(masked(&g, 31i32, 31i32, by, n, lane));
+        }
+        let at = to.blocks + comptime!(ERASE_BLOCK * BLOCK_UNITS);
+        store_block::<F>(mma, tile, at, e.index(0usize), e.index(1usize), lane);
+    }
+
+    if lane % 4 == 0 {
+        #[unroll]
+        for e in 0..2usize {
+            let at = to.factors + first + row + 8 * e;
+            factors[at + ERASE_AT] = norms[e] * f32::exp(sums[e]);
+            factors[at + WRITE_AT] = f32::exp(gates.total - sums[e]);
+        }
+    }
+    if lane == 0 && block == 0 {
+        factors[to.factors + DECAY_AT] = f32::exp(gates.total);
+    }
+
+    sync_plane();
+    let t = invert_row(leaves, leaf, lane % TILE);
+    // diag(rho) (I + L)^-1 diag(beta): this unit holds row `lane % 16`.
+    let own = lane % TILE;
+    let lo = plane_shuffle(norms[0], (own % 8 * 4) as u32);
+    let hi = plane_shuffle(norms[1], (own % 8 * 4) as u32);
+    let rho = select(own < 8, lo, hi);
+    let at = to.blocks + block * BLOCK_UNITS;
+    #[unroll]
+    for half in 0..2usize {
+        let mut x = Vector::<F, V8>::cast_from(0.0f32);
+        #[unroll]
+        for e in 0..8usize {
+            let j = comptime!(8 * half + e);
+            let b = plane_shuffle(gates.beta, (first + j) as u32);
+            x[e] = F::cast_from(rho * t[j] * b);
+        }
+        if lane < TILE {
+            tile[at + in_block(own, half)] = x;
+        }
+    }
+}
+
+/// Row `i` of $(I + L)^{-1}$ by substitution from the right: $t_j = \delta_{ij} - \sum_{m>j} t_m L_{mj}$.
+#[cube]
+fn invert_row(leaves: &SharedMemory<Vector<f32, V2>>, leaf: usize, i: usize) -> Array<f32> {
+    let mut t = Array::<f32>::new(TILE);
+    #[unroll]
+    for j in 0..TILE {
+        t[j] = select(i == j, 1.0f32, 0.0f32);
+    }
+    #[unroll]
+    for down in 0..comptime!(TILE - 1) {
+        let m = comptime!(TILE - 1 - down);
+        let x = -t[m];
+        #[unroll]
+        for pair in 0..comptime!(m.div_ceil(2)) {
+            let l = leaves[leaf + comptime!(m * LEAF_ROW) + pair];
+            t[comptime!(2 * pair)] = fma(x, l[0], t[comptime!(2 * pair)]);
+            if comptime!(2 * pair + 1 < m) {
+                t[comptime!(2 * pair + 1)] = fma(x, l[1], t[comptime!(2 * pair + 1)]);
+            }
+        }
+    }
+    t
+}
+
+#[cube]
+fn finish_queries<F: Float>(
+    mma: &Mma<F>,
+    tile: &mut Tile<F>,
+    factors: &mut SharedMemory<f32>,
+    gram: &Gram,
+    gates: &Gates,
+    scale: f32,
+    c: usize,
+    to: Target,
+    block: usize,
+    lane: usize,
+    #[comptime] bp: Blueprint,
+) {
+    let n_h = comptime!(bp.spec.micro_steps);
+    let norms = reciprocal_norms(gram, bp) * Vector::cast_from(scale);
+    // The micro-step after which a row reads; rows past the last token of the chunk read after the last one
+    // and are not written.
+    let row = block * TILE + lane / 4;
+    let step0 = c * CHUNK;
+    let first = (step0 / n_h + row + 1) * n_h - 1 - step0;
+    let second = first + 8 * n_h;
+    let lo = select(first < CHUNK, first, CHUNK - 1);
+    let hi = select(second < CHUNK, second, CHUNK - 1);
+    let sums = at_rows(gates.sum, lo, hi);
+    #[unroll]
+    for j in 0..BLOCKS {
+        if comptime!(bp.spec.micro_steps > 1) || j <= block {
+            let mut p = Sequence::<Acc>::new();
+            #[unroll]
+            for half in 0..2usize {
+                let n = comptime!(2 * j + half);
+                let g = gate_product(gram.products.index(n), sums, gates, n, lane, bp);
+                p.push(masked(&g, lo as i32, hi as i32, norms, n, lane));
+            }
+            let below = select(comptime!(bp.spec.micro_steps == 1) && block > 0, 1usize, 0usize);
+            let at = to.blocks + (comptime!(bp.p_block(0, j)) + below) * BLOCK_UNITS;
+            store_block::<F>(mma, tile, at, p.index(0usize), p.index(1usize), lane);
+        }
+    }
+    if lane % 4 == 0 {
+        factors[to.factors + READ_AT + row] = norms[0] * f32::exp(sums[0]);
+        factors[to.factors + READ_AT + row + 8] = norms[1] * f32::exp(sums[1]);
+    }
+}
+
+/// All factors of the two chunks in flight.
+#[cube]
+pub(crate) fn new_factors() -> SharedMemory<f32> {
+    SharedMemory::<f32>::new(comptime!(2 * FACTORS))
+}
+
+/// Scratch for the leaves.
+#[cube]
+pub(crate) fn new_leaves() -> SharedMemory<Vector<f32, V2>> {
+    SharedMemory::<Vector<f32, V2>>::new(comptime!(BLOCKS * LEAF_PAIRS))
+}

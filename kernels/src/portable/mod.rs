@@ -1,0 +1,10 @@
+//! The kernels that every device runs: f32 arithmetic, 32 KB of shared memory, no plane operations.
+
+mod blueprint;
+mod inverse;
+pub mod prepare;
+pub mod scan;
+mod tile;
+mod walk;
+
+pub use blueprint::Blueprint;

@@ -1,0 +1,118 @@
+//! The tensor-core kernel: when it applies, with which blueprint, and its launch.
+
+use cubecl::ir::StorageType;
+use cubecl::prelude::*;
+use cubecl::ir::features::MmaConfig;
+use delta_rule_kernels::mma::{Blueprint, CHUNK, forward};
+
+use super::call::{Call, Table, array, cubes, strides};
+use super::f32_type;
+use super::tensors::Checked;
+use crate::{Decay, Result};
+
+/// The blueprint, or nothing where the portable kernels have to do: f32 data, a device without the
+/// instructions, head dimensions that are no multiples of 16, rows that cannot be read 16 bytes at a time,
+/// or another chunk size.
+pub(super) fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>) -> Option<Blueprint> {
+    let spec = call.spec();
+    let tensors = [&call.q, &call.k, &call.v, &call.o];
+    let applies = has_instructions(client, call.dtypes.data)
+        && call.options.chunk_size.is_none_or(|c| c == CHUNK)
+        && spec.key_dim.is_multiple_of(16)
+        && spec.value_dim.is_multiple_of(16)
+        && call.problem.rule().decay != Decay::Channel
+        && tensors.iter().all(|t| t.vectorizes(call.dtypes.data, 8));
+    if !applies {
+        return None;
+    }
+    let hardware = &client.properties().hardware;
+    let heads = call.problem.sequences() * call.problem.shape().value_heads;
+    let multiprocessors = hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
+    // The widest tile first; narrower ones when it would leave multiprocessors idle.
+    let fits = |bp: &Blueprint| bp.shared_memory() <= hardware.max_shared_memory_size;
+    let mut tiles = tiles(spec.key_dim, spec.value_dim)
+        .map(|(value_tile, held)| Blueprint { spec, value_tile, held })
+        .filter(fits)
+        .peekable();
+    let mut best = tiles.next()?;
+    for bp in tiles {
+        if heads * best.value_tiles() * 4 >= multiprocessors * 3 {
+            break;
+        }
+        best = bp;
+    }
+    Some(best)
+}
+
+/// `(value_tile, held)` from wide to narrow, at most four writers each.
+fn tiles(key_dim: usize, value_dim: usize) -> impl Iterator<Item = (usize, usize)> {
+    let wide = if key_dim <= 128 { 2 } else { 1 };
+    let all = [(128, 2), (64, 2), (64, 1), (32, 1), (16, 1)];
+    let mut kept: Vec<(usize, usize)> = all
+        .into_iter()
+        .filter(|&(_, held)| held <= wide)
+        .map(|(tile, held)| (tile.min(value_dim.next_multiple_of(16 * held)), held))
+        .collect();
+    kept.dedup();
+    kept.into_iter()
+}
+
+/// Whether the device multiplies 16 x 8 x 16 tiles of `dtype` into f32, and loads them by matrices and
+/// without waiting.
+fn has_instructions<R: Runtime>(client: &ComputeClient<R>, dtype: StorageType) -> bool {
+    let features = client.features();
+    let instruction = MmaConfig { a_type: dtype, b_type: dtype, cd_type: f32_type(), m: 16, n: 8, k: 16 };
+    features.matmul.mma.contains(&instruction)
+        && features.matmul.ldmatrix.contains(&dtype)
+        && features.matmul.stmatrix.contains(&dtype)
+        && features.copy_async
+}
+
+/// Launches it.
+pub(super) fn launch<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, bp: Blueprint) -> Result<()> {
+    let problem = call.problem;
+    let heads = problem.shape().value_heads;
+    let table = Table::new(problem, CHUNK)?;
+    let table_handle = table.upload(client);
+    let table_arg = || array(&table_handle, table.entries.len());
+    // As in `portable.rs`: what has no elements is never read.
+    let arg = |tensor: Option<&Checked<R>>| match tensor {
+        Some(t) if t.elements > 0 => t.arg(),
+        _ => table_arg(),
+    };
+    // Safety: every index lies inside its buffer, as `checked` has found from shapes and strides.
+    unsafe {
+        forward::launch_unchecked::<R>(
+            client,
+            cubes(client, problem.sequences() * heads * bp.value_tiles()),
+            CubeDim::new_1d(bp.units() as u32),
+            arg(Some(&call.q)),
+            arg(Some(&call.k)),
+            arg(Some(&call.v)),
+            arg(Some(&call.beta)),
+            arg(call.g.as_ref()),
+            arg(call.a_log.as_ref()),
+            arg(call.dt_bias.as_ref()),
+            arg(call.initial_state.as_ref()),
+            table_arg(),
+            call.o_arg(client),
+            call.final_state.arg(),
+            strides(Some(&call.q)),
+            strides(Some(&call.k)),
+            strides(Some(&call.v)),
+            strides(Some(&call.beta)),
+            strides(call.g.as_ref()),
+            strides(Some(&call.o)),
+            call.state_strides(call.initial_state.as_ref()),
+            call.state_strides(Some(&call.final_state)),
+            problem.sequences() as u32,
+            heads as u32,
+            call.group(),
+            call.scale(),
+            call.lower_bound(),
+            bp,
+            [call.dtypes.data, call.dtypes.beta, call.dtypes.gate],
+        );
+    }
+    Ok(())
+}
