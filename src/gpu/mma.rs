@@ -31,7 +31,11 @@ pub(super) fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>) -
     // The widest tile first; narrower ones when it would leave multiprocessors idle.
     let fits = |bp: &Blueprint| bp.shared_memory() <= hardware.max_shared_memory_size;
     let mut tiles = tiles(spec.key_dim, spec.value_dim)
-        .map(|(value_tile, held)| Blueprint { spec, value_tile, held })
+        .map(|(value_tile, held)| {
+            // Two groups of preparing planes where registers suffice for them: few channels for each scanner.
+            let groups = if held * spec.key_dim <= 128 && value_tile <= 32 { 2 } else { 1 };
+            Blueprint { spec, value_tile, held, groups }
+        })
         .filter(fits)
         .peekable();
     let mut best = tiles.next()?;

@@ -8,11 +8,10 @@ pub const CHUNK: usize = 32;
 pub(crate) const TILE: usize = 16;
 /// Tiles of micro-steps in a chunk.
 pub(crate) const BLOCKS: usize = CHUNK / TILE;
-/// Chunks whose inputs lie in shared memory at a time: one is read and written, one prepared, two are on
-/// their way.
-pub(crate) const STAGES: usize = 4;
-/// Planes that prepare chunks and read the state, beside those that write it.
-pub(crate) const READERS: usize = 4;
+/// Planes that prepare a chunk: one for 16 rows of keys or queries.
+const GROUP: usize = 4;
+/// Units of a preparing group.
+pub(crate) const GROUP_UNITS: usize = 32 * GROUP;
 /// Units of 16 bytes in a 16 x 16 block.
 pub(crate) const BLOCK_UNITS: usize = 32;
 
@@ -23,19 +22,27 @@ pub struct Blueprint {
     pub spec: Spec,
     /// Value channels of one cube.
     pub value_tile: usize,
-    /// 16-channel tiles of values that one writer holds.
+    /// 16-channel tiles of values that one plane holds.
     pub held: usize,
+    /// Groups of planes that prepare chunks in turn, 1 or 2.
+    pub groups: usize,
 }
 
 impl Blueprint {
-    /// Planes that write the state.
-    pub fn writers(&self) -> usize {
+    /// Planes that hold the state.
+    pub fn scanners(&self) -> usize {
         self.value_tile / (TILE * self.held)
     }
 
     /// Units of a cube.
     pub fn units(&self) -> usize {
-        32 * (self.writers() + READERS)
+        32 * (self.scanners() + GROUP * self.groups)
+    }
+
+    /// Chunks whose inputs lie in shared memory at a time: one is scanned, one for each group is prepared,
+    /// and one arrives.
+    pub(crate) fn stages(&self) -> usize {
+        self.groups + 2
     }
 
     /// Cubes that share the value channels of one head.
@@ -51,11 +58,6 @@ impl Blueprint {
     /// 16-row tiles of queries in a chunk.
     pub(crate) fn read_blocks(&self) -> usize {
         if self.spec.micro_steps == 1 { BLOCKS } else { 1 }
-    }
-
-    /// Accumulators of the outputs that one plane reads.
-    pub(crate) fn read_tiles(&self) -> usize {
-        2 * self.held * self.read_blocks()
     }
 
     /// Steps of a product over the key channels.
@@ -86,16 +88,28 @@ impl Blueprint {
         self.v_at() + CHUNK * self.value_row()
     }
 
-    pub(crate) fn state_at(&self) -> usize {
-        STAGES * self.stage()
+    pub(crate) fn outputs_at(&self) -> usize {
+        self.stages() * self.stage()
     }
 
-    pub(crate) fn writes_at(&self) -> usize {
-        self.state_at() + self.value_tile / TILE * self.key_steps() * BLOCK_UNITS
+    /// The outputs of one chunk.
+    pub(crate) fn outputs(&self) -> usize {
+        TILE * self.read_blocks() * self.value_row()
     }
 
     pub(crate) fn blocks_at(&self) -> usize {
-        self.writes_at() + self.value_tile / TILE * BLOCKS * BLOCK_UNITS
+        self.outputs_at() + 2 * self.outputs()
+    }
+
+    /// Where right operand `i` of the products with [K; Q] lies: key step by key step, all rows in each.
+    pub(crate) fn row_fragment(&self, i: usize) -> usize {
+        let blocks = BLOCKS + self.read_blocks();
+        2 * (i / blocks) + i % blocks * TILE * self.key_row()
+    }
+
+    /// Where right operand `i` of the state's update lies: block by block, all key steps in each.
+    pub(crate) fn depth_fragment(&self, i: usize) -> usize {
+        2 * (i % self.key_steps()) + i / self.key_steps() * TILE * self.key_row()
     }
 
     /// The blocks of one chunk: the leaves of T, the erasing block below the diagonal, P.

@@ -1,37 +1,32 @@
 //! One launch on tensor cores.
 //!
 //! A cube takes a sequence, a value head and a tile of value channels, and walks through the chunks. Some
-//! planes, the writers, own the state: it never leaves their registers but for a rounded copy. The others
-//! read that copy for the outputs, and prepare the next chunk meanwhile (`prepare.rs`). A chunk has two
-//! halves, with a barrier after each:
+//! planes hold the state, which never leaves their registers, and take it through chunk c (`scan.rs`); the
+//! others meanwhile prepare chunk c + 1 (`prepare.rs`), fetch the inputs of chunk c + 2 and store the outputs
+//! of chunk c - 1 (`stage.rs`).
+//! One barrier separates the chunks.
 //!
 //! ```text
-//!            writers                                 readers
-//! first      N = T (V - e^G . K S)                   O = Q S,      Gram matrices of chunk c + 1
-//! second     S <- e^{G_C} S + (e^{G_C - G} N)^T K    O += P N,     gates and inverse of chunk c + 1
+//! prepare   T, E, P from K K^T, Q K^T, the gates and beta
+//! scan      N = T (V - e^G . K S)     O = e^G . Q S + P N     S <- e^{G_C} S + (e^{G_C - G} N)^T K
 //! ```
-//!
-//! Keys, queries and values are on their way two chunks ahead.
 
 mod blueprint;
 mod prepare;
-mod read;
+mod scan;
 mod stage;
 mod tile;
-mod write;
 
 pub use blueprint::{Blueprint, CHUNK};
 
-use cubecl::prelude::barrier::Barrier;
 use cubecl::prelude::*;
 
 use crate::record::{StateStrides, Strides, sequence};
-use blueprint::{BLOCK_UNITS, FACTORS, STAGES};
+use blueprint::{BLOCK_UNITS, FACTORS, GROUP_UNITS};
 use prepare::{Target, finish, gram, new_factors, new_leaves, read_gates};
-use read::{read_state, read_writes};
-use stage::{Place, StagedStrides, commit, copy_chunk, wait_for};
-use tile::{Mma, Tile, V8, zeros};
-use write::{load_state, publish_state, publish_writes, store_state, update, writes};
+use scan::{Lane, load_state, scan_chunk, store_state};
+use stage::{Place, StagedStrides, put, send_for, store_outputs};
+use tile::{Mma, Tile, V8};
 
 /// Computes o and the final state. Strides of q, k, v and o are multiples of 8, and so are the offsets of
 /// their buffers.
@@ -87,111 +82,77 @@ pub fn forward<F: Float, B: Float, G: Float>(
     };
     let strides = StagedStrides { q: q_at, k: k_at, v: v_at };
     let stage = comptime!(bp.stage());
+    let stages = comptime!(bp.stages());
 
     let mut tile = Tile::<F>::new_aligned(comptime!(bp.units_of_memory()), 128usize);
     let mut factors = new_factors();
     let mut leaves = new_leaves();
-    let barrier = Barrier::shared(CUBE_DIM, UNIT_POS == 0);
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
     let lane = (UNIT_POS % 32) as usize;
     let plane = (UNIT_POS / 32) as usize;
-    let writers = comptime!(bp.writers());
-
-    #[unroll]
-    for c in 0..comptime!(STAGES - 1) {
-        copy_chunk::<F>(q, k, v, &strides, &place, c, &mut tile, c * stage, bp);
-        if comptime!(c > 0) {
-            wait_for(&barrier, c - 1);
-        }
-        commit(&barrier);
-    }
-
+    let scanners = comptime!(bp.scanners());
+    let groups = comptime!(bp.groups);
     let blocks = comptime!(bp.blocks_at());
     let chunk_blocks = comptime!(bp.chunk_blocks() * BLOCK_UNITS);
-    if plane < writers {
-        let mut state = load_state(initial_state, &initial_at, &place, plane, lane, bp);
-        publish_state::<F>(&mma, &mut tile, &state, plane, lane, bp);
-        let mut buffer = 0usize;
-        for c in 0..place.chunks {
+    let outputs = comptime!(bp.outputs_at());
+    let chunk_outputs = comptime!(bp.outputs());
+    if plane < scanners {
+        let at = Lane { plane, lane };
+        let mut state = load_state(initial_state, &initial_at, &place, at, bp);
+        #[unroll]
+        for _ in 0..groups {
             sync_cube();
-            let free = select(buffer == 0, STAGES - 1, buffer - 1);
-            copy_chunk::<F>(q, k, v, &strides, &place, c + (STAGES - 1), &mut tile, free * stage, bp);
-            let base = buffer * stage;
-            let factors_at = c % 2 * FACTORS;
-            let mut n = writes::<F>(
-                &mma,
-                &tile,
-                &factors,
-                &state,
-                base,
-                blocks + c % 2 * chunk_blocks,
-                factors_at,
-                plane,
-                lane,
-                bp,
-            );
-            publish_writes::<F>(&mma, &mut tile, &n, plane, lane, bp);
-            sync_cube();
-            update::<F>(&mma, &tile, &factors, &mut state, &mut n, base, factors_at, lane, bp);
-            publish_state::<F>(&mma, &mut tile, &state, plane, lane, bp);
-            wait_for(&barrier, c + 2);
-            commit(&barrier);
-            buffer = select(buffer == STAGES - 1, 0usize, buffer + 1);
         }
-        store_state(&state, final_state, &final_at, &place, plane, lane, bp);
-    } else {
-        let reader = plane - writers;
-        let raw = read_gates(beta, g, &beta_at, &g_at, &place, 0usize, lane, bp);
-        let mut next = read_gates(beta, g, &beta_at, &g_at, &place, 1usize, lane, bp);
-        let first = gram::<F>(&mma, &tile, 0usize, reader, lane, bp);
-        let to = Target { blocks: blocks.runtime(), factors: 0usize };
-        finish::<F>(
-            &mma, &mut tile, &mut factors, &mut leaves, &first, &raw, a_log, dt_bias, lower_bound, scale, &place, 0usize, to,
-            reader, lane, bp,
-        );
-        let mut buffer = 0usize;
         for c in 0..place.chunks {
             sync_cube();
-            let free = select(buffer == 0, STAGES - 1, buffer - 1);
-            copy_chunk::<F>(q, k, v, &strides, &place, c + (STAGES - 1), &mut tile, free * stage, bp);
-            let after = select(buffer == STAGES - 1, 0usize, buffer + 1);
-            let later = read_gates(beta, g, &beta_at, &g_at, &place, c + 2, lane, bp);
-            let base = buffer * stage;
-            let mut out = zeros(comptime!(bp.read_tiles()));
-            if reader < writers {
-                read_state::<F>(&mma, &tile, &mut out, base, reader, lane, bp);
-            }
-            let products = gram::<F>(&mma, &tile, after * stage, reader, lane, bp);
+            let from = Target { blocks: blocks + c % 2 * chunk_blocks, factors: c % 2 * FACTORS };
+            let to = outputs + c % 2 * chunk_outputs;
+            scan_chunk::<F>(&mma, &mut tile, &factors, &mut state, c % stages * stage, to, from, at, bp);
+        }
+        sync_cube();
+        store_state(&state, final_state, &final_at, &place, at, bp);
+    } else {
+        let unit = (UNIT_POS as usize - 32 * scanners) % GROUP_UNITS;
+        let group = (UNIT_POS as usize - 32 * scanners) / GROUP_UNITS;
+        let block = unit / 32;
+        let first = send_for::<F>(q, k, v, &strides, &place, group, unit, bp);
+        put::<F>(&first, &mut tile, group * stage, unit, bp);
+        let mut raw = read_gates(beta, g, &beta_at, &g_at, &place, group, lane, bp);
+        sync_cube();
+        if group > 0 {
             sync_cube();
-            if reader < writers {
-                read_writes::<F>(
-                    &mma,
-                    &mut tile,
-                    &factors,
-                    &mut out,
-                    o,
-                    &o_at,
-                    &place,
-                    c,
-                    base,
-                    blocks + c % 2 * chunk_blocks,
-                    c % 2 * FACTORS,
-                    reader,
-                    lane,
-                    bp,
-                );
+        }
+        // Chunk `next` is ready when the barrier at the end is passed.
+        let mut next = group;
+        while next <= place.chunks {
+            let parcel = send_for::<F>(q, k, v, &strides, &place, next + groups, unit, bp);
+            let later = read_gates(beta, g, &beta_at, &g_at, &place, next + groups, lane, bp);
+            if next > groups {
+                let c = next - groups - 1;
+                store_outputs::<F>(&tile, outputs + c % 2 * chunk_outputs, o, &o_at, &place, c, unit, bp);
             }
-            let other = (c + 1) % 2;
-            let to = Target { blocks: blocks + other * chunk_blocks, factors: other * FACTORS };
+            let products = gram::<F>(&mma, &tile, next % stages * stage, block, lane, bp);
+            if comptime!(groups > 1) {
+                sync_cube();
+            }
+            let to = Target { blocks: blocks + next % 2 * chunk_blocks, factors: next % 2 * FACTORS };
             finish::<F>(
-                &mma, &mut tile, &mut factors, &mut leaves, &products, &next, a_log, dt_bias, lower_bound, scale, &place, c + 1,
-                to, reader, lane, bp,
+                &mma, &mut tile, &mut factors, &mut leaves, &products, &raw, a_log, dt_bias, lower_bound, scale, &place, next,
+                to, block, lane, bp,
             );
-            wait_for(&barrier, c + 2);
-            commit(&barrier);
-            next.beta = later.beta;
-            next.g = later.g;
-            buffer = after;
+            put::<F>(&parcel, &mut tile, (next + groups) % stages * stage, unit, bp);
+            raw.beta = later.beta;
+            raw.g = later.g;
+            next += groups;
+            sync_cube();
+        }
+        if next < place.chunks + groups {
+            sync_cube();
+        }
+        // The last outputs, one chunk for each group.
+        if group < place.chunks {
+            let c = place.chunks - 1 - group;
+            store_outputs::<F>(&tile, outputs + c % 2 * chunk_outputs, o, &o_at, &place, c, unit, bp);
         }
     }
 }

@@ -1,8 +1,11 @@
 //! The planes that hold the state: each owns `16 * held` value channels, and no plane needs another's.
+//!
+//! Accumulators are indexed `m * per + column tile`, m counting the 16-channel tiles held.
 
 use cubecl::prelude::*;
 
-use super::blueprint::{BLOCK_UNITS, BLOCKS, Blueprint, DECAY_AT, ERASE_AT, ERASE_BLOCK, TILE, WRITE_AT};
+use super::blueprint::{BLOCK_UNITS, BLOCKS, Blueprint, DECAY_AT, ERASE_AT, ERASE_BLOCK, READ_AT, TILE, WRITE_AT};
+use super::prepare::Target;
 use super::stage::Place;
 use super::tile::{
     AHEAD, Acc, Frag, Mma, Tile, V2, by_columns, by_depth, in_block, load, mma2, scale_columns, store, to_frag, zeros,
@@ -10,9 +13,16 @@ use super::tile::{
 use crate::record::StateStrides;
 use crate::spec::Decay;
 
+/// A plane's place in its cube.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Lane {
+    pub(crate) plane: usize,
+    pub(crate) lane: usize,
+}
+
 /// Two factors, for the columns that this unit holds of accumulator `n`.
 #[cube]
-pub(crate) fn factor_pair(factors: &SharedMemory<f32>, at: usize, n: usize, lane: usize) -> Vector<f32, V2> {
+fn factor_pair(factors: &SharedMemory<f32>, at: usize, n: usize, lane: usize) -> Vector<f32, V2> {
     let first = at + 8 * n + lane % 4 * 2;
     let mut out = Vector::<f32, V2>::cast_from(factors[first]);
     out[1] = factors[first + 1];
@@ -31,71 +41,83 @@ fn state_frags<F: Float>(state: &Sequence<Acc>, #[comptime] step: usize, #[compt
     frags
 }
 
-/// N of a chunk: what is written, as left operands, plain for the readers and decayed to the end of the
-/// chunk for the state.
-///
-/// $X^T = S^T K^T$, $R^T = V^T - e^G X^T$, then block by block as `prepare.rs` says.
+/// $X^T = S^T K^T$ and $O^T = S^T Q^T$ in one pass over the state.
 #[cube]
-pub(crate) fn writes<F: Float>(
+fn read_state<F: Float>(
     mma: &Mma<F>,
     tile: &Tile<F>,
-    factors: &SharedMemory<f32>,
     state: &Sequence<Acc>,
+    x: &mut Sequence<Acc>,
+    o: &mut Sequence<Acc>,
     base: usize,
-    blocks: usize,
-    factors_at: usize,
-    plane: usize,
-    lane: usize,
+    at: Lane,
     #[comptime] bp: Blueprint,
-) -> Sequence<Acc> {
+) {
     let held = comptime!(bp.held);
-    let per = comptime!(2 * BLOCKS);
-    let keys = base + by_columns(lane, comptime!(bp.key_row()));
-
-    let mut x = zeros(comptime!(held * per));
-    let total = comptime!(bp.key_steps() * BLOCKS);
+    let rows = base + by_columns(at.lane, comptime!(bp.key_row()));
+    let blocks = comptime!(BLOCKS + bp.read_blocks());
+    let total = comptime!(bp.key_steps() * (BLOCKS + bp.read_blocks()));
     let mut right = Sequence::<Frag<F>>::new();
     #[unroll]
     for i in 0..comptime!(AHEAD.min(total)) {
-        right.push(load::<F>(mma, tile, keys + comptime!(key_fragment(i, bp)), false));
+        right.push(load::<F>(mma, tile, rows + comptime!(bp.row_fragment(i)), false));
     }
     #[unroll]
     for step in 0..comptime!(bp.key_steps()) {
         let left = state_frags::<F>(state, step, bp);
         #[unroll]
-        for j in 0..BLOCKS {
-            let i = comptime!(step * BLOCKS + j);
+        for j in 0..blocks {
+            let i = comptime!(step * blocks + j);
             if comptime!(i + AHEAD < total) {
-                right.push(load::<F>(mma, tile, keys + comptime!(key_fragment(i + AHEAD, bp)), false));
+                right.push(load::<F>(mma, tile, rows + comptime!(bp.row_fragment(i + AHEAD)), false));
             }
-            mma2::<F>(mma, &left, 0usize, 1usize, right.index(i), &mut x, comptime!(2 * j), per, held);
+            if comptime!(j < BLOCKS) {
+                mma2::<F>(mma, &left, 0usize, 1usize, right.index(i), x, comptime!(2 * j), comptime!(2 * BLOCKS), held);
+            } else {
+                let n = comptime!(2 * (j - BLOCKS));
+                mma2::<F>(mma, &left, 0usize, 1usize, right.index(i), o, n, comptime!(2 * bp.read_blocks()), held);
+            }
         }
     }
+}
 
-    // R, over X.
-    let values = base + comptime!(bp.v_at()) + by_columns(lane, comptime!(bp.value_row())) + plane * (2 * held);
+/// N from X: $R^T = V^T - e^G X^T$, then block by block as `prepare.rs` says. Consumes X.
+#[cube]
+fn writes<F: Float>(
+    mma: &Mma<F>,
+    tile: &Tile<F>,
+    factors: &SharedMemory<f32>,
+    x: &mut Sequence<Acc>,
+    base: usize,
+    from: Target,
+    at: Lane,
+    #[comptime] bp: Blueprint,
+) -> Sequence<Acc> {
+    let held = comptime!(bp.held);
+    let per = comptime!(2 * BLOCKS);
+    let lane = at.lane;
+    let values = base + comptime!(bp.v_at()) + by_columns(lane, comptime!(bp.value_row())) + at.plane * (2 * held);
     #[unroll]
     for j in 0..BLOCKS {
-        let lo = factor_pair(factors, factors_at + ERASE_AT, 2 * j, lane);
-        let hi = factor_pair(factors, factors_at + ERASE_AT, 2 * j + 1, lane);
+        let lo = factor_pair(factors, from.factors + ERASE_AT, 2 * j, lane);
+        let hi = factor_pair(factors, from.factors + ERASE_AT, 2 * j + 1, lane);
         #[unroll]
         for m in 0..held {
-            let at = values + comptime!(j * TILE * bp.value_row() + 2 * m);
-            let v = load::<F>(mma, tile, at, true);
+            let v = load::<F>(mma, tile, values + comptime!(j * TILE * bp.value_row() + 2 * m), true);
             let n = comptime!(m * per + 2 * j);
             residual::<F>(x.index_mut(n), v[0], v[1], lo);
             residual::<F>(x.index_mut(comptime!(n + 1)), v[2], v[3], hi);
         }
     }
 
-    let at = blocks + in_block(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    let blocks = from.blocks + block_row(lane);
     let mut n = zeros(comptime!(held * per));
     let mut written = Sequence::<Frag<F>>::new();
     #[unroll]
     for j in 0..BLOCKS {
         if comptime!(j > 0) {
-            let erase = load::<F>(mma, tile, at + comptime!(ERASE_BLOCK * BLOCK_UNITS), false);
-            mma2::<F>(mma, &written, 0usize, 1usize, &erase, &mut x, comptime!(2 * j), per, held);
+            let erase = load::<F>(mma, tile, blocks + comptime!(ERASE_BLOCK * BLOCK_UNITS), false);
+            mma2::<F>(mma, &written, 0usize, 1usize, &erase, x, comptime!(2 * j), per, held);
         }
         let mut r = Sequence::<Frag<F>>::new();
         #[unroll]
@@ -103,7 +125,7 @@ pub(crate) fn writes<F: Float>(
             let i = comptime!(m * per + 2 * j);
             r.push(to_frag::<F>(x.index(i), x.index(comptime!(i + 1))));
         }
-        let leaf = load::<F>(mma, tile, at + comptime!(j * BLOCK_UNITS), false);
+        let leaf = load::<F>(mma, tile, blocks + comptime!(j * BLOCK_UNITS), false);
         mma2::<F>(mma, &r, 0usize, 1usize, &leaf, &mut n, comptime!(2 * j), per, held);
         if comptime!(j + 1 < BLOCKS) {
             #[unroll]
@@ -116,9 +138,10 @@ pub(crate) fn writes<F: Float>(
     n
 }
 
-/// Where right operand `i` of the products with the keys lies.
-fn key_fragment(i: usize, bp: Blueprint) -> usize {
-    2 * (i / BLOCKS) + i % BLOCKS * TILE * bp.key_row()
+/// Offset of the row of a 16 x 16 block that this unit passes to `load` for a right operand.
+#[cube]
+fn block_row(lane: usize) -> usize {
+    in_block(lane / 16 * 8 + lane % 8, lane / 8 % 2)
 }
 
 /// `x <- v - by * x`.
@@ -128,66 +151,81 @@ fn residual<F: Float>(x: &mut Acc, v_lo: Vector<F, V2>, v_hi: Vector<F, V2>, by:
     x[1] = Vector::<f32, V2>::cast_from(v_hi) - by * x[1];
 }
 
-/// Hands N to the readers.
+/// $O^T \leftarrow e^G O^T + N^T P^T$, left in shared memory.
 #[cube]
-pub(crate) fn publish_writes<F: Float>(
+fn read_writes<F: Float>(
     mma: &Mma<F>,
     tile: &mut Tile<F>,
+    factors: &SharedMemory<f32>,
     n: &Sequence<Acc>,
-    plane: usize,
-    lane: usize,
+    o: &mut Sequence<Acc>,
+    outputs: usize,
+    from: Target,
+    at: Lane,
     #[comptime] bp: Blueprint,
 ) {
-    let at = comptime!(bp.writes_at()) + plane * comptime!(bp.held * BLOCKS * BLOCK_UNITS) + lane;
+    let held = comptime!(bp.held);
+    let per = comptime!(2 * bp.read_blocks());
+    let lane = at.lane;
+    let mut left = Sequence::<Frag<F>>::new();
     #[unroll]
-    for i in 0..comptime!(bp.held * BLOCKS) {
-        let f = to_frag::<F>(n.index(comptime!(2 * i)), n.index(comptime!(2 * i + 1)));
-        store::<F>(mma, tile, at + comptime!(i * BLOCK_UNITS), &f, false);
+    for i in 0..comptime!(held * BLOCKS) {
+        left.push(to_frag::<F>(n.index(comptime!(2 * i)), n.index(comptime!(2 * i + 1))));
     }
-}
-
-/// Hands the state, rounded, to the readers.
-#[cube]
-pub(crate) fn publish_state<F: Float>(
-    mma: &Mma<F>,
-    tile: &mut Tile<F>,
-    state: &Sequence<Acc>,
-    plane: usize,
-    lane: usize,
-    #[comptime] bp: Blueprint,
-) {
-    let at = comptime!(bp.state_at()) + plane * comptime!(bp.held * bp.key_steps() * BLOCK_UNITS) + lane;
+    let blocks = from.blocks + block_row(lane);
+    let place = outputs + by_columns(lane, comptime!(bp.value_row())) + at.plane * (2 * held);
     #[unroll]
-    for i in 0..comptime!(bp.held * bp.key_steps()) {
-        let f = to_frag::<F>(state.index(comptime!(2 * i)), state.index(comptime!(2 * i + 1)));
-        store::<F>(mma, tile, at + comptime!(i * BLOCK_UNITS), &f, false);
+    for r in 0..comptime!(bp.read_blocks()) {
+        #[unroll]
+        for half in 0..2usize {
+            let by = factor_pair(factors, from.factors + READ_AT, comptime!(2 * r + half), lane);
+            #[unroll]
+            for m in 0..held {
+                scale_columns(o.index_mut(comptime!(m * per + 2 * r + half)), by);
+            }
+        }
+        #[unroll]
+        for j in 0..comptime!(bp.p_blocks(r)) {
+            let p = load::<F>(mma, tile, blocks + comptime!(bp.p_block(r, j) * BLOCK_UNITS), false);
+            mma2::<F>(mma, &left, j, BLOCKS, &p, o, comptime!(2 * r), per, held);
+        }
+    }
+    #[unroll]
+    for r in 0..comptime!(bp.read_blocks()) {
+        #[unroll]
+        for m in 0..held {
+            let i = comptime!(m * per + 2 * r);
+            let f = to_frag::<F>(o.index(i), o.index(comptime!(i + 1)));
+            store::<F>(mma, tile, place + comptime!(r * TILE * bp.value_row() + 2 * m), &f, true);
+        }
     }
 }
 
 /// $S^T \leftarrow e^{G_C} S^T + (e^{G_C - G} N)^T K$. Consumes N.
 #[cube]
-pub(crate) fn update<F: Float>(
+fn update<F: Float>(
     mma: &Mma<F>,
     tile: &Tile<F>,
     factors: &SharedMemory<f32>,
     state: &mut Sequence<Acc>,
     n: &mut Sequence<Acc>,
     base: usize,
-    factors_at: usize,
-    lane: usize,
+    from: Target,
+    at: Lane,
     #[comptime] bp: Blueprint,
 ) {
     let held = comptime!(bp.held);
+    let lane = at.lane;
     let steps = comptime!(bp.key_steps());
     let keys = base + by_depth(lane, comptime!(bp.key_row()));
     let total = comptime!(BLOCKS * bp.key_steps());
     let mut right = Sequence::<Frag<F>>::new();
     #[unroll]
     for i in 0..comptime!(AHEAD.min(total)) {
-        right.push(load::<F>(mma, tile, keys + comptime!(depth_fragment(i, bp)), true));
+        right.push(load::<F>(mma, tile, keys + comptime!(bp.depth_fragment(i)), true));
     }
     if comptime!(bp.spec.decay == Decay::Head) {
-        let decay = Vector::<f32, V2>::cast_from(factors[factors_at + DECAY_AT]);
+        let decay = Vector::<f32, V2>::cast_from(factors[from.factors + DECAY_AT]);
         #[unroll]
         for i in 0..comptime!(2 * held * steps) {
             scale_columns(state.index_mut(i), decay);
@@ -200,10 +238,10 @@ pub(crate) fn update<F: Float>(
         for j in 0..BLOCKS {
             let i = comptime!(2 * (m * BLOCKS + j));
             if comptime!(bp.spec.decay == Decay::Head) {
-                scale_columns(n.index_mut(i), factor_pair(factors, factors_at + WRITE_AT, 2 * j, lane));
+                scale_columns(n.index_mut(i), factor_pair(factors, from.factors + WRITE_AT, 2 * j, lane));
                 scale_columns(
                     n.index_mut(comptime!(i + 1)),
-                    factor_pair(factors, factors_at + WRITE_AT, 2 * j + 1, lane),
+                    factor_pair(factors, from.factors + WRITE_AT, 2 * j + 1, lane),
                 );
             }
             left.push(to_frag::<F>(n.index(i), n.index(comptime!(i + 1))));
@@ -215,16 +253,32 @@ pub(crate) fn update<F: Float>(
         for step in 0..steps {
             let i = comptime!(j * bp.key_steps() + step);
             if comptime!(i + AHEAD < total) {
-                right.push(load::<F>(mma, tile, keys + comptime!(depth_fragment(i + AHEAD, bp)), true));
+                right.push(load::<F>(mma, tile, keys + comptime!(bp.depth_fragment(i + AHEAD)), true));
             }
             mma2::<F>(mma, &left, j, BLOCKS, right.index(i), state, comptime!(2 * step), comptime!(2 * bp.key_steps()), held);
         }
     }
 }
 
-/// Where right operand `i` of the state's update lies.
-fn depth_fragment(i: usize, bp: Blueprint) -> usize {
-    2 * (i % bp.key_steps()) + i / bp.key_steps() * TILE * bp.key_row()
+/// One chunk: writes its outputs and takes the state to its end.
+#[cube]
+pub(crate) fn scan_chunk<F: Float>(
+    mma: &Mma<F>,
+    tile: &mut Tile<F>,
+    factors: &SharedMemory<f32>,
+    state: &mut Sequence<Acc>,
+    base: usize,
+    outputs: usize,
+    from: Target,
+    at: Lane,
+    #[comptime] bp: Blueprint,
+) {
+    let mut x = zeros(comptime!(2 * bp.held * BLOCKS));
+    let mut o = zeros(comptime!(2 * bp.held * bp.read_blocks()));
+    read_state::<F>(mma, tile, state, &mut x, &mut o, base, at, bp);
+    let mut n = writes::<F>(mma, tile, factors, &mut x, base, from, at, bp);
+    read_writes::<F>(mma, tile, factors, &n, &mut o, outputs, from, at, bp);
+    update::<F>(mma, tile, factors, state, &mut n, base, from, at, bp);
 }
 
 /// Reads or writes the state of this plane in device memory: element `(k, v)` of the sequence and head at
@@ -234,8 +288,7 @@ pub(crate) fn load_state(
     from: &Array<f32>,
     at: &StateStrides,
     place: &Place,
-    plane: usize,
-    lane: usize,
+    unit: Lane,
     #[comptime] bp: Blueprint,
 ) -> Sequence<Acc> {
     let mut state = zeros(comptime!(2 * bp.held * bp.key_steps()));
@@ -245,10 +298,10 @@ pub(crate) fn load_state(
         for i in 0..comptime!(2 * bp.held * bp.key_steps()) {
             let acc = state.index_mut(i);
             let m = comptime!(i / (2 * bp.key_steps()));
-            let key = comptime!(i % (2 * bp.key_steps()) * 8) + lane % 4 * 2;
+            let key = comptime!(i % (2 * bp.key_steps()) * 8) + unit.lane % 4 * 2;
             #[unroll]
             for e in 0..2usize {
-                let value = place.v0 + (plane * bp.held + m) * TILE + 8 * e + lane / 4;
+                let value = place.v0 + (unit.plane * bp.held + m) * TILE + 8 * e + unit.lane / 4;
                 if value < bp.spec.value_dim {
                     let first = origin + key * at.k as usize + value * at.v as usize;
                     let mut x = Vector::<f32, V2>::cast_from(from[first]);
@@ -268,8 +321,7 @@ pub(crate) fn store_state(
     to: &mut Array<f32>,
     at: &StateStrides,
     place: &Place,
-    plane: usize,
-    lane: usize,
+    unit: Lane,
     #[comptime] bp: Blueprint,
 ) {
     let origin = place.n * at.n as usize + place.hv * at.h as usize;
@@ -277,10 +329,10 @@ pub(crate) fn store_state(
     for i in 0..comptime!(2 * bp.held * bp.key_steps()) {
         let acc = state.index(i);
         let m = comptime!(i / (2 * bp.key_steps()));
-        let key = comptime!(i % (2 * bp.key_steps()) * 8) + lane % 4 * 2;
+        let key = comptime!(i % (2 * bp.key_steps()) * 8) + unit.lane % 4 * 2;
         #[unroll]
         for e in 0..2usize {
-            let value = place.v0 + (plane * bp.held + m) * TILE + 8 * e + lane / 4;
+            let value = place.v0 + (unit.plane * bp.held + m) * TILE + 8 * e + unit.lane / 4;
             if value < bp.spec.value_dim {
                 let first = origin + key * at.k as usize + value * at.v as usize;
                 let x = acc[e];

@@ -1,0 +1,37 @@
+//! Every blueprint of the tensor-core kernel is generated, compiled by NVRTC and `ptxas`, and must not spill.
+
+mod common;
+
+use common::{RULES, bf16_type, compile_all, f16_type, generate};
+use delta_rule::{BetaTransform, GateTransform, Options, Rule};
+
+#[test]
+fn tensor_core_kernels_compile_without_spills() {
+    let plain = Options::new();
+    let fused = Options::new()
+        .with_qk_l2norm(true)
+        .with_beta(BetaTransform::TwoSigmoid);
+    let mut calls = 0;
+    let mut call = |rule, heads, dims, dtype, options: &Options| {
+        generate(rule, heads, dims, dtype, options);
+        calls += 1;
+    };
+    for rule in RULES {
+        // Many heads and few: the widest tile of values and the narrowest.
+        for heads in [256, 64, 32, 2] {
+            call(rule, heads, [128, 128], bf16_type(), &plain);
+        }
+        call(rule, 256, [64, 64], bf16_type(), &plain);
+        call(rule, 256, [256, 256], bf16_type(), &plain);
+        call(rule, 256, [128, 128], f16_type(), &fused);
+    }
+    for dims in [[96, 96], [16, 48], [80, 112], [240, 144]] {
+        for heads in [256, 2] {
+            call(Rule::gated_deltanet(), heads, dims, bf16_type(), &fused.clone().with_gate(GateTransform::Softplus));
+        }
+    }
+    if let Some(kernels) = compile_all() {
+        assert!(kernels.iter().all(|k| k.name.starts_with("forward")));
+        assert_eq!(kernels.len(), calls);
+    }
+}
