@@ -67,8 +67,8 @@ criterion_group!(benches, bench);
 fn main() {
     #[cfg(feature = "cuda")]
     if std::env::var("DELTA_RULE_BENCH").is_ok_and(|b| b == "h200") {
-        let filter = std::env::args().skip(1).find(|a| !a.starts_with('-'));
-        return engines::h200::run(filter.as_deref());
+        let filters: Vec<_> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+        return engines::h200::run(&filters);
     }
     benches();
     Criterion::default().configure_from_args().final_summary();

@@ -97,8 +97,8 @@ fn bf16_type() -> delta_rule::cubecl::ir::StorageType {
     half::bf16::as_type_native_unchecked().storage_type()
 }
 
-/// Times every case; a filter is a part of a rule's name or of the shape as printed.
-pub(crate) fn run(filter: Option<&str>) {
+/// Times the cases that all filters match: each a part of a rule's name or of the shape as printed.
+pub(crate) fn run(filters: &[String]) {
     let Ok(client) = client::<CudaRuntime>(&Default::default()) else {
         println!("SKIPPED: there is no CUDA device");
         return;
@@ -111,7 +111,7 @@ pub(crate) fn run(filter: Option<&str>) {
         let [batch, tokens, heads, key_dim, value_dim] = case.shape;
         let packed = if case.packed > 0 { format!("{}:", case.packed) } else { String::new() };
         let label = format!("{packed}{batch} x {tokens} x {heads} x {key_dim} x {value_dim}");
-        if filter.is_some_and(|f| !case.rule.contains(f) && !label.contains(f)) {
+        if !filters.iter().all(|f| case.rule.contains(f) || label.contains(f)) {
             continue;
         }
         let shape = Shape { batch, tokens, heads, value_heads: heads, key_dim, value_dim };
@@ -145,7 +145,7 @@ pub(crate) fn run(filter: Option<&str>) {
         let out = forward(&client, &problem, &options, inputs(), dtypes).expect("a valid call");
         block_on(client.sync()).expect("the device works");
         let first = start.elapsed().as_secs_f64();
-        let mut call = |n: usize| {
+        let call = |n: usize| {
             let start = Instant::now();
             for _ in 0..n {
                 let (o, state) = (out.o.clone().binding(), out.final_state.clone().binding());

@@ -3,12 +3,12 @@
 use cubecl::ir::StorageType;
 use cubecl::prelude::*;
 use cubecl::ir::features::MmaConfig;
-use delta_rule_kernels::mma::{Blueprint, CHUNK, forward};
+use delta_rule_kernels::mma::{Blueprint, CHUNK, PREPARE_UNITS, forward, prepare};
 
 use super::call::{Call, Table, array, cubes, strides};
-use super::f32_type;
+use super::{MIN_BUFFER, f32_type};
 use super::tensors::Checked;
-use crate::{Decay, Result};
+use crate::{Decay, Error, Result};
 
 /// The blueprint, or nothing where the portable kernels have to do: f32 data, a device without the
 /// instructions, head dimensions that are no multiples of 16, rows that cannot be read 16 bytes at a time,
@@ -25,6 +25,10 @@ pub(super) fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>) -
     if !applies {
         return None;
     }
+    if let Ok(x) = std::env::var("DR_TILE") {
+        let n: Vec<usize> = x.split(',').map(|x| x.parse().unwrap()).collect();
+        return Some(Blueprint { spec, value_tile: n[0], held: n[1], groups: n[2], prepared: n[3] > 0 });
+    }
     let hardware = &client.properties().hardware;
     let heads = call.problem.sequences() * call.problem.shape().value_heads;
     let multiprocessors = hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
@@ -32,9 +36,11 @@ pub(super) fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>) -
     let fits = |bp: &Blueprint| bp.shared_memory() <= hardware.max_shared_memory_size;
     let mut tiles = tiles(spec.key_dim, spec.value_dim)
         .map(|(value_tile, held)| {
-            // Two groups of preparing planes where registers suffice for them: few channels for each scanner.
+            // With narrow tiles the scan is a chain of short steps: nothing else may be in its way, and two
+            // groups of planes have time to fetch.
             let groups = if held * spec.key_dim <= 128 && value_tile <= 32 { 2 } else { 1 };
-            Blueprint { spec, value_tile, held, groups }
+            let prepared = value_tile < spec.value_dim || call.problem.rule().decay == Decay::Channel;
+            Blueprint { spec, value_tile, held, groups, prepared }
         })
         .filter(fits)
         .peekable();
@@ -84,7 +90,50 @@ pub(super) fn launch<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, bp: 
         Some(t) if t.elements > 0 => t.arg(),
         _ => table_arg(),
     };
-    // Safety: every index lies inside its buffer, as `checked` has found from shapes and strides.
+    let dtypes = [call.dtypes.data, call.dtypes.beta, call.dtypes.gate];
+    let records = table.chunks * heads;
+    let (units, floats) = bp.record();
+    let scratch = |len: usize| {
+        let bytes = if bp.prepared { (len * records).next_power_of_two().max(MIN_BUFFER) } else { MIN_BUFFER };
+        client
+            .memory_persistent_allocation(bytes, |bytes| client.empty(bytes))
+            .map_err(|e| Error::Device { what: e.to_string() })
+    };
+    let (blocks, factors) = (scratch(16 * units)?, scratch(4 * floats)?);
+    let blocks_arg = || array(&blocks, if bp.prepared { 8 * units * records } else { 8 });
+    let factors_arg = || array(&factors, if bp.prepared { floats * records } else { 4 });
+    if bp.prepared && records > 0 {
+        // Safety: every index lies inside its buffer, as `checked` has found from shapes and strides.
+        unsafe {
+            prepare::launch_unchecked::<R>(
+                client,
+                cubes(client, records),
+                CubeDim::new_1d(PREPARE_UNITS as u32),
+                arg(Some(&call.q)),
+                arg(Some(&call.k)),
+                arg(Some(&call.beta)),
+                arg(call.g.as_ref()),
+                arg(call.a_log.as_ref()),
+                arg(call.dt_bias.as_ref()),
+                table_arg(),
+                blocks_arg(),
+                factors_arg(),
+                strides(Some(&call.q)),
+                strides(Some(&call.k)),
+                strides(Some(&call.beta)),
+                strides(call.g.as_ref()),
+                problem.sequences() as u32,
+                table.chunks as u32,
+                heads as u32,
+                call.group(),
+                call.scale(),
+                call.lower_bound(),
+                bp,
+                dtypes,
+            );
+        }
+    }
+    // Safety: as above.
     unsafe {
         forward::launch_unchecked::<R>(
             client,
@@ -99,6 +148,8 @@ pub(super) fn launch<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, bp: 
             arg(call.dt_bias.as_ref()),
             arg(call.initial_state.as_ref()),
             table_arg(),
+            blocks_arg(),
+            factors_arg(),
             call.o_arg(client),
             call.final_state.arg(),
             strides(Some(&call.q)),
@@ -115,7 +166,7 @@ pub(super) fn launch<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, bp: 
             call.scale(),
             call.lower_bound(),
             bp,
-            [call.dtypes.data, call.dtypes.beta, call.dtypes.gate],
+            dtypes,
         );
     }
     Ok(())

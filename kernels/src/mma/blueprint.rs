@@ -1,6 +1,6 @@
 //! Every choice that is made before a tensor-core kernel is compiled, and where things lie in shared memory.
 
-use crate::spec::Spec;
+use crate::spec::{Decay, Spec};
 
 /// C, micro-steps per chunk: one per unit of a plane.
 pub const CHUNK: usize = 32;
@@ -11,7 +11,7 @@ pub(crate) const BLOCKS: usize = CHUNK / TILE;
 /// Planes that prepare a chunk: one for 16 rows of keys or queries.
 const GROUP: usize = 4;
 /// Units of a preparing group.
-pub(crate) const GROUP_UNITS: usize = 32 * GROUP;
+pub const GROUP_UNITS: usize = 32 * GROUP;
 /// Units of 16 bytes in a 16 x 16 block.
 pub(crate) const BLOCK_UNITS: usize = 32;
 
@@ -24,8 +24,10 @@ pub struct Blueprint {
     pub value_tile: usize,
     /// 16-channel tiles of values that one plane holds.
     pub held: usize,
-    /// Groups of planes that prepare chunks in turn, 1 or 2.
+    /// Groups of planes that prepare or fetch chunks in turn, 1 or 2.
     pub groups: usize,
+    /// Whether a launch of its own has prepared the chunks; always so for gates per channel.
+    pub prepared: bool,
 }
 
 impl Blueprint {
@@ -50,9 +52,19 @@ impl Blueprint {
         self.spec.value_dim.div_ceil(self.value_tile)
     }
 
-    /// Shared memory in bytes.
+    /// Shared memory of `forward` in bytes.
     pub fn shared_memory(&self) -> usize {
-        16 * self.units_of_memory() + 4 * (2 * FACTORS + BLOCKS * LEAF_PAIRS * 2) + 64
+        16 * self.units_of_memory() + 4 * self.stages() * self.factors() + 4 * BLOCKS * LEAF_PAIRS * 2
+    }
+
+    /// What the preparing launch leaves of one chunk and head: 16-byte units, and floats.
+    pub fn record(&self) -> (usize, usize) {
+        let rows = if self.by_channel() { 3 * CHUNK * self.spec.key_dim / 8 } else { 0 };
+        (rows + self.chunk_blocks() * BLOCK_UNITS, self.factors())
+    }
+
+    pub(crate) fn by_channel(&self) -> bool {
+        self.spec.decay == Decay::Channel
     }
 
     /// 16-row tiles of queries in a chunk.
@@ -84,8 +96,17 @@ impl Blueprint {
         self.q_at() + TILE * self.read_blocks() * self.key_row()
     }
 
-    pub(crate) fn stage(&self) -> usize {
+    /// Keys decayed to the end of the chunk, for gates per channel.
+    pub(crate) fn kd_at(&self) -> usize {
         self.v_at() + CHUNK * self.value_row()
+    }
+
+    pub(crate) fn blocks_at(&self) -> usize {
+        self.kd_at() + if self.by_channel() { CHUNK * self.key_row() } else { 0 }
+    }
+
+    pub(crate) fn stage(&self) -> usize {
+        self.blocks_at() + self.chunk_blocks() * BLOCK_UNITS
     }
 
     pub(crate) fn outputs_at(&self) -> usize {
@@ -95,10 +116,6 @@ impl Blueprint {
     /// The outputs of one chunk.
     pub(crate) fn outputs(&self) -> usize {
         TILE * self.read_blocks() * self.value_row()
-    }
-
-    pub(crate) fn blocks_at(&self) -> usize {
-        self.outputs_at() + 2 * self.outputs()
     }
 
     /// Where right operand `i` of the products with [K; Q] lies: key step by key step, all rows in each.
@@ -129,7 +146,12 @@ impl Blueprint {
     }
 
     pub(crate) fn units_of_memory(&self) -> usize {
-        self.blocks_at() + 2 * self.chunk_blocks() * BLOCK_UNITS
+        self.outputs_at() + 2 * self.outputs()
+    }
+
+    /// Floats that go with a chunk: a decay per channel, or the factors per micro-step.
+    pub(crate) fn factors(&self) -> usize {
+        if self.by_channel() { self.spec.key_dim } else { FACTORS }
     }
 }
 
@@ -143,7 +165,7 @@ pub(crate) const ERASE_AT: usize = 0;
 pub(crate) const WRITE_AT: usize = CHUNK;
 pub(crate) const READ_AT: usize = 2 * CHUNK;
 pub(crate) const DECAY_AT: usize = 3 * CHUNK;
-pub(crate) const FACTORS: usize = 3 * CHUNK + 4;
+const FACTORS: usize = 3 * CHUNK + 4;
 
 /// Pairs of floats in a row of a leaf, one of them padding.
 pub(crate) const LEAF_ROW: usize = TILE / 2 + 1;

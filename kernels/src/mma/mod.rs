@@ -12,7 +12,7 @@
 //! ```
 
 mod blueprint;
-mod prepare;
+mod chunk;
 mod scan;
 mod stage;
 mod tile;
@@ -22,11 +22,95 @@ pub use blueprint::{Blueprint, CHUNK};
 use cubecl::prelude::*;
 
 use crate::record::{StateStrides, Strides, sequence};
-use blueprint::{BLOCK_UNITS, FACTORS, GROUP_UNITS};
-use prepare::{Target, finish, gram, new_factors, new_leaves, read_gates};
+use blueprint::GROUP_UNITS;
+pub use blueprint::GROUP_UNITS as PREPARE_UNITS;
+use chunk::{Target, finish, gram, new_leaves, read_gates};
 use scan::{Lane, load_state, scan_chunk, store_state};
-use stage::{Place, StagedStrides, put, send_for, store_outputs};
+use stage::{
+    Place, StagedStrides, block_rows, key_rows, new_parcel, put, put_rows, query_rows, record_rows, send_for, send_for_keys,
+    store_outputs,
+};
 use tile::{Mma, Tile, V8};
+
+/// What the units of a cube share.
+#[cube]
+fn new_factors(#[comptime] stages: usize, #[comptime] bp: Blueprint) -> SharedMemory<f32> {
+    SharedMemory::<f32>::new(comptime!(stages * bp.factors()))
+}
+
+/// Prepares every chunk: a record of blocks, and one of factors, for each chunk and value head. Cube `p` takes
+/// chunk `p / heads` and head `p % heads`. For arguments see [`forward`](mod@forward).
+#[cube(launch_unchecked, fast_math = FastMath::all(), address_type = "u64")]
+pub fn prepare<F: Float, B: Float, G: Float>(
+    q: &Array<Vector<F, V8>>,
+    k: &Array<Vector<F, V8>>,
+    beta: &Array<B>,
+    g: &Array<G>,
+    a_log: &Array<f32>,
+    dt_bias: &Array<f32>,
+    table: &Array<u32>,
+    records: &mut Array<Vector<F, V8>>,
+    record_factors: &mut Array<f32>,
+    q_at: Strides,
+    k_at: Strides,
+    beta_at: Strides,
+    g_at: Strides,
+    sequences: u32,
+    chunks: u32,
+    heads: u32,
+    group: u32,
+    scale: f32,
+    lower_bound: f32,
+    #[comptime] bp: Blueprint,
+    #[define(F, B, G)] _types: [StorageType; 3],
+) {
+    let cube = CUBE_POS as usize;
+    if cube >= (chunks * heads) as usize {
+        terminate!();
+    }
+    let id = cube / heads as usize;
+    let hv = cube % heads as usize;
+    let n = table[4 * sequences as usize + id] as usize;
+    let seq = sequence(table, n);
+    let steps = seq.tokens * comptime!(bp.spec.micro_steps);
+    let place = Place {
+        seq,
+        n,
+        h: hv / group as usize,
+        hv,
+        heads: heads as usize,
+        v0: 0usize,
+        steps,
+        chunks: steps.div_ceil(CHUNK),
+    };
+    let strides = StagedStrides { q: q_at, k: k_at, v: k_at };
+    let c = id - seq.first_chunk;
+    let mut tile = Tile::<F>::new_aligned(comptime!(bp.stage()), 128usize);
+    let mut factors = new_factors(1usize, bp);
+    let mut leaves = new_leaves();
+    let mma = Mma::<F>::new(16usize, 8usize, 16usize);
+    let unit = UNIT_POS as usize;
+    let lane = unit % 32;
+    let block = unit / 32;
+
+    let mut parcel = new_parcel::<F>(bp);
+    send_for_keys::<F>(&mut parcel, q, k, &strides, &place, c, unit, bp);
+    let raw = read_gates(beta, g, &beta_at, &g_at, &place, c, lane, bp);
+    put_rows::<F>(&parcel, &mut tile, 0usize, unit, comptime!(key_rows(bp)));
+    put_rows::<F>(&parcel, &mut tile, 0usize, unit, comptime!(query_rows(bp)));
+    sync_cube();
+    let products = gram::<F>(&mma, &tile, 0usize, block, lane, bp);
+    let to = Target { blocks: comptime!(bp.blocks_at()).runtime(), factors: 0usize };
+    finish::<F>(
+        &mma, &mut tile, &mut factors, &mut leaves, &products, &raw, a_log, dt_bias, lower_bound, scale, &place, c, to, block,
+        lane, bp,
+    );
+    sync_cube();
+    record_rows::<F>(&tile, records, cube * comptime!(bp.record().0), unit, comptime!(block_rows(bp)));
+    if unit < comptime!(bp.factors()) {
+        record_factors[cube * comptime!(bp.factors()) + unit] = factors[unit];
+    }
+}
 
 /// Computes o and the final state. Strides of q, k, v and o are multiples of 8, and so are the offsets of
 /// their buffers.
@@ -44,6 +128,8 @@ pub fn forward<F: Float, B: Float, G: Float>(
     dt_bias: &Array<f32>,
     initial_state: &Array<f32>,
     table: &Array<u32>,
+    records: &Array<Vector<F, V8>>,
+    record_factors: &Array<f32>,
     o: &mut Array<Vector<F, V8>>,
     final_state: &mut Array<f32>,
     q_at: Strides,
@@ -76,6 +162,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
         n,
         h: hv / group as usize,
         hv,
+        heads: heads as usize,
         v0: cube % tiles * bp.value_tile,
         steps,
         chunks: steps.div_ceil(CHUNK),
@@ -85,7 +172,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
     let stages = comptime!(bp.stages());
 
     let mut tile = Tile::<F>::new_aligned(comptime!(bp.units_of_memory()), 128usize);
-    let mut factors = new_factors();
+    let mut factors = new_factors(stages, bp);
     let mut leaves = new_leaves();
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
     let lane = (UNIT_POS % 32) as usize;
@@ -93,7 +180,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
     let scanners = comptime!(bp.scanners());
     let groups = comptime!(bp.groups);
     let blocks = comptime!(bp.blocks_at());
-    let chunk_blocks = comptime!(bp.chunk_blocks() * BLOCK_UNITS);
+    let chunk_factors = comptime!(bp.factors());
     let outputs = comptime!(bp.outputs_at());
     let chunk_outputs = comptime!(bp.outputs());
     if plane < scanners {
@@ -105,9 +192,10 @@ pub fn forward<F: Float, B: Float, G: Float>(
         }
         for c in 0..place.chunks {
             sync_cube();
-            let from = Target { blocks: blocks + c % 2 * chunk_blocks, factors: c % 2 * FACTORS };
+            let at_stage = c % stages;
+            let from = Target { blocks: at_stage * stage + blocks, factors: at_stage * chunk_factors };
             let to = outputs + c % 2 * chunk_outputs;
-            scan_chunk::<F>(&mma, &mut tile, &factors, &mut state, c % stages * stage, to, from, at, bp);
+            scan_chunk::<F>(&mma, &mut tile, &factors, &mut state, at_stage * stage, to, from, at, bp);
         }
         sync_cube();
         store_state(&state, final_state, &final_at, &place, at, bp);
@@ -115,8 +203,9 @@ pub fn forward<F: Float, B: Float, G: Float>(
         let unit = (UNIT_POS as usize - 32 * scanners) % GROUP_UNITS;
         let group = (UNIT_POS as usize - 32 * scanners) / GROUP_UNITS;
         let block = unit / 32;
-        let first = send_for::<F>(q, k, v, &strides, &place, group, unit, bp);
-        put::<F>(&first, &mut tile, group * stage, unit, bp);
+        let mut parcel = new_parcel::<F>(bp);
+        send_for::<F>(&mut parcel, q, k, v, records, record_factors, &strides, &place, group, unit, bp);
+        put::<F>(&parcel, &mut tile, &mut factors, group * stage, group * chunk_factors, unit, bp);
         let mut raw = read_gates(beta, g, &beta_at, &g_at, &place, group, lane, bp);
         sync_cube();
         if group > 0 {
@@ -125,25 +214,35 @@ pub fn forward<F: Float, B: Float, G: Float>(
         // Chunk `next` is ready when the barrier at the end is passed.
         let mut next = group;
         while next <= place.chunks {
-            let parcel = send_for::<F>(q, k, v, &strides, &place, next + groups, unit, bp);
-            let later = read_gates(beta, g, &beta_at, &g_at, &place, next + groups, lane, bp);
+            let mut parcel = new_parcel::<F>(bp);
+            let after = next + groups;
+            send_for::<F>(&mut parcel, q, k, v, records, record_factors, &strides, &place, after, unit, bp);
+            let later = read_gates(beta, g, &beta_at, &g_at, &place, after, lane, bp);
             if next > groups {
                 let c = next - groups - 1;
                 store_outputs::<F>(&tile, outputs + c % 2 * chunk_outputs, o, &o_at, &place, c, unit, bp);
             }
-            let products = gram::<F>(&mma, &tile, next % stages * stage, block, lane, bp);
-            if comptime!(groups > 1) {
-                sync_cube();
+            if comptime!(bp.prepared) {
+                if comptime!(groups > 1) {
+                    sync_cube();
+                }
+            } else {
+                let at_stage = next % stages;
+                let products = gram::<F>(&mma, &tile, at_stage * stage, block, lane, bp);
+                if comptime!(groups > 1) {
+                    sync_cube();
+                }
+                let to = Target { blocks: at_stage * stage + blocks, factors: at_stage * chunk_factors };
+                finish::<F>(
+                    &mma, &mut tile, &mut factors, &mut leaves, &products, &raw, a_log, dt_bias, lower_bound, scale, &place,
+                    next, to, block, lane, bp,
+                );
             }
-            let to = Target { blocks: blocks + next % 2 * chunk_blocks, factors: next % 2 * FACTORS };
-            finish::<F>(
-                &mma, &mut tile, &mut factors, &mut leaves, &products, &raw, a_log, dt_bias, lower_bound, scale, &place, next,
-                to, block, lane, bp,
-            );
-            put::<F>(&parcel, &mut tile, (next + groups) % stages * stage, unit, bp);
+            let at_stage = after % stages;
+            put::<F>(&parcel, &mut tile, &mut factors, at_stage * stage, at_stage * chunk_factors, unit, bp);
             raw.beta = later.beta;
             raw.g = later.g;
-            next += groups;
+            next = after;
             sync_cube();
         }
         if next < place.chunks + groups {

@@ -5,7 +5,7 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{BLOCK_UNITS, BLOCKS, Blueprint, DECAY_AT, ERASE_AT, ERASE_BLOCK, READ_AT, TILE, WRITE_AT};
-use super::prepare::Target;
+use super::chunk::Target;
 use super::stage::Place;
 use super::tile::{
     AHEAD, Acc, Frag, Mma, Tile, V2, by_columns, by_depth, in_block, load, mma2, scale_columns, store, to_frag, zeros,
@@ -81,7 +81,7 @@ fn read_state<F: Float>(
     }
 }
 
-/// N from X: $R^T = V^T - e^G X^T$, then block by block as `prepare.rs` says. Consumes X.
+/// N from X: $R^T = V^T - e^G X^T$, then block by block as `chunk.rs` says. Consumes X.
 #[cube]
 fn writes<F: Float>(
     mma: &Mma<F>,
@@ -99,8 +99,12 @@ fn writes<F: Float>(
     let values = base + comptime!(bp.v_at()) + by_columns(lane, comptime!(bp.value_row())) + at.plane * (2 * held);
     #[unroll]
     for j in 0..BLOCKS {
-        let lo = factor_pair(factors, from.factors + ERASE_AT, 2 * j, lane);
-        let hi = factor_pair(factors, from.factors + ERASE_AT, 2 * j + 1, lane);
+        let mut lo = Vector::<f32, V2>::cast_from(1.0f32);
+        let mut hi = Vector::<f32, V2>::cast_from(1.0f32);
+        if comptime!(!bp.by_channel()) {
+            lo = factor_pair(factors, from.factors + ERASE_AT, 2 * j, lane);
+            hi = factor_pair(factors, from.factors + ERASE_AT, 2 * j + 1, lane);
+        }
         #[unroll]
         for m in 0..held {
             let v = load::<F>(mma, tile, values + comptime!(j * TILE * bp.value_row() + 2 * m), true);
@@ -176,12 +180,14 @@ fn read_writes<F: Float>(
     let place = outputs + by_columns(lane, comptime!(bp.value_row())) + at.plane * (2 * held);
     #[unroll]
     for r in 0..comptime!(bp.read_blocks()) {
-        #[unroll]
-        for half in 0..2usize {
-            let by = factor_pair(factors, from.factors + READ_AT, comptime!(2 * r + half), lane);
+        if comptime!(!bp.by_channel()) {
             #[unroll]
-            for m in 0..held {
-                scale_columns(o.index_mut(comptime!(m * per + 2 * r + half)), by);
+            for half in 0..2usize {
+                let by = factor_pair(factors, from.factors + READ_AT, comptime!(2 * r + half), lane);
+                #[unroll]
+                for m in 0..held {
+                    scale_columns(o.index_mut(comptime!(m * per + 2 * r + half)), by);
+                }
             }
         }
         #[unroll]
@@ -217,7 +223,7 @@ fn update<F: Float>(
     let held = comptime!(bp.held);
     let lane = at.lane;
     let steps = comptime!(bp.key_steps());
-    let keys = base + by_depth(lane, comptime!(bp.key_row()));
+    let keys = base + comptime!(if bp.by_channel() { bp.kd_at() } else { 0 }) + by_depth(lane, comptime!(bp.key_row()));
     let total = comptime!(BLOCKS * bp.key_steps());
     let mut right = Sequence::<Frag<F>>::new();
     #[unroll]
@@ -229,6 +235,16 @@ fn update<F: Float>(
         #[unroll]
         for i in 0..comptime!(2 * held * steps) {
             scale_columns(state.index_mut(i), decay);
+        }
+    }
+    if comptime!(bp.by_channel()) {
+        #[unroll]
+        for n in 0..comptime!(2 * steps) {
+            let decay = factor_pair(factors, from.factors, n, lane);
+            #[unroll]
+            for m in 0..held {
+                scale_columns(state.index_mut(comptime!(2 * m * bp.key_steps() + n)), decay);
+            }
         }
     }
     let mut left = Sequence::<Frag<F>>::new();

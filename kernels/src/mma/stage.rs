@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{Blueprint, CHUNK, GROUP_UNITS, TILE};
+use super::blueprint::{BLOCK_UNITS, Blueprint, CHUNK, GROUP_UNITS, TILE};
 use super::tile::{Tile, V8};
 use crate::record::{Sequence, Strides};
 
@@ -14,8 +14,9 @@ pub(crate) struct Place {
     pub(crate) n: usize,
     /// Key head.
     pub(crate) h: usize,
-    /// Value head.
+    /// Value head, of `heads`.
     pub(crate) hv: usize,
+    pub(crate) heads: usize,
     /// First value channel.
     pub(crate) v0: usize,
     /// Micro-steps of the sequence.
@@ -31,17 +32,19 @@ pub(crate) struct StagedStrides {
     pub(crate) v: Strides,
 }
 
-/// One unit's share of the keys, queries and values of a chunk, on the way through its registers.
+/// One unit's share of a chunk's inputs, on the way through its registers.
 #[derive(CubeType)]
 pub(crate) struct Parcel<F: Float> {
     units: Array<Vector<F, V8>>,
+    floats: Array<f32>,
 }
 
-/// Rows of 16-byte units that a preparing group copies.
+/// 16-byte units that a group copies row by row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Rows {
-    /// Offset in the stage.
+pub(crate) struct Rows {
+    /// Offset in the stage, and from row to row.
     at: usize,
+    ld: usize,
     rows: usize,
     cols: usize,
     /// Place of the first in the parcel.
@@ -53,60 +56,132 @@ impl Rows {
         (self.rows * self.cols).div_ceil(GROUP_UNITS)
     }
 
-    fn after(self, at: usize, rows: usize, cols: usize) -> Self {
-        Self { at, rows, cols, first: self.first + self.rounds() }
+    fn after(self, at: usize, rows: usize, cols: usize, ld: usize) -> Self {
+        Self { at, ld, rows, cols, first: self.first + self.rounds() }
+    }
+
+    fn units(self) -> usize {
+        self.rows * self.cols
     }
 }
 
-fn key_rows(bp: Blueprint) -> Rows {
-    Rows { at: 0, rows: CHUNK, cols: bp.spec.key_dim / 8, first: 0 }
+pub(crate) fn key_rows(bp: Blueprint) -> Rows {
+    Rows { at: 0, ld: bp.key_row(), rows: CHUNK, cols: bp.spec.key_dim / 8, first: 0 }
 }
 
-fn query_rows(bp: Blueprint) -> Rows {
-    key_rows(bp).after(bp.q_at(), TILE * bp.read_blocks(), bp.spec.key_dim / 8)
+pub(crate) fn query_rows(bp: Blueprint) -> Rows {
+    key_rows(bp).after(bp.q_at(), TILE * bp.read_blocks(), bp.spec.key_dim / 8, bp.key_row())
 }
 
 fn value_rows(bp: Blueprint) -> Rows {
-    query_rows(bp).after(bp.v_at(), CHUNK, bp.value_tile / 8)
+    query_rows(bp).after(bp.v_at(), CHUNK, bp.value_tile / 8, bp.value_row())
+}
+
+pub(crate) fn decayed_key_rows(bp: Blueprint) -> Rows {
+    let rows = if bp.by_channel() { CHUNK } else { 0 };
+    value_rows(bp).after(bp.kd_at(), rows, bp.spec.key_dim / 8, bp.key_row())
+}
+
+/// Blocks are rows without padding.
+pub(crate) fn block_rows(bp: Blueprint) -> Rows {
+    let rows = if bp.prepared { bp.chunk_blocks() } else { 0 };
+    decayed_key_rows(bp).after(bp.blocks_at(), rows, BLOCK_UNITS, BLOCK_UNITS)
 }
 
 fn parcel_units(bp: Blueprint) -> usize {
-    let last = value_rows(bp);
+    let last = block_rows(bp);
     last.first + last.rounds()
 }
 
-/// Sends for chunk `c`. Rows past the end of the sequence, and channels past the last, repeat the last one:
-/// what they hold is never used. Past the last chunk there is nothing to send for.
+/// Rounds of floats in a parcel.
+fn parcel_floats(bp: Blueprint) -> usize {
+    if bp.prepared { bp.factors().div_ceil(GROUP_UNITS) } else { 0 }
+}
+
+/// Room for a parcel.
 #[cube]
-pub(crate) fn send_for<F: Float>(
+pub(crate) fn new_parcel<F: Float>(#[comptime] bp: Blueprint) -> Parcel<F> {
+    Parcel::<F> {
+        units: Array::new(comptime!(parcel_units(bp))),
+        floats: Array::new(comptime!(parcel_floats(bp).max(1))),
+    }
+}
+
+/// Sends for the keys and queries of chunk `c`. Rows past the end of the sequence repeat the last one: what they
+/// hold is never used.
+#[cube]
+pub(crate) fn send_for_keys<F: Float>(
+    parcel: &mut Parcel<F>,
     q: &Array<Vector<F, V8>>,
     k: &Array<Vector<F, V8>>,
-    v: &Array<Vector<F, V8>>,
     strides: &StagedStrides,
     place: &Place,
     c: usize,
     unit: usize,
     #[comptime] bp: Blueprint,
-) -> Parcel<F> {
+) {
     let n_h = comptime!(bp.spec.micro_steps);
-    let mut parcel = Parcel::<F> { units: Array::new(comptime!(parcel_units(bp))) };
-    if c < place.chunks {
-        let step0 = c * CHUNK;
-        let token0 = step0 / n_h;
-        let seq = place.seq;
-        let last_step = (place.steps - 1 - step0) as u32;
-        let last_token = (seq.tokens - 1 - token0) as u32;
-        let from = strides.k.at(seq.row, seq.start * n_h + step0, place.h) / 8;
-        fetch_rows::<F>(k, from, strides.k.t / 8, last_step, 1000u32, &mut parcel, unit, comptime!(key_rows(bp)));
-        let from = strides.q.at(seq.row, seq.start + token0, place.h) / 8;
-        fetch_rows::<F>(q, from, strides.q.t / 8, last_token, 1000u32, &mut parcel, unit, comptime!(query_rows(bp)));
-        let from = (strides.v.at(seq.row, seq.start * n_h + step0, place.hv) + place.v0) / 8;
-        let last_col = ((bp.spec.value_dim - place.v0) / 8 - 1) as u32;
-        fetch_rows::<F>(v, from, strides.v.t / 8, last_step, last_col, &mut parcel, unit, comptime!(value_rows(bp)));
-    }
-    parcel
+    let step0 = c * CHUNK;
+    let token0 = step0 / n_h;
+    let seq = place.seq;
+    let from = strides.k.at(seq.row, seq.start * n_h + step0, place.h) / 8;
+    let last = (place.steps - 1 - step0) as u32;
+    fetch_rows::<F>(k, from, strides.k.t / 8, last, 1000u32, parcel, unit, comptime!(key_rows(bp)));
+    let from = strides.q.at(seq.row, seq.start + token0, place.h) / 8;
+    let last = (seq.tokens - 1 - token0) as u32;
+    fetch_rows::<F>(q, from, strides.q.t / 8, last, 1000u32, parcel, unit, comptime!(query_rows(bp)));
 }
 
+/// Sends for all that `forward` needs of chunk `c`: the values, and the keys and queries or their record. Past the
+/// last chunk there is nothing to send for.
+#[cube]
+pub(crate) fn send_for<F: Float>(
+    parcel: &mut Parcel<F>,
+    q: &Array<Vector<F, V8>>,
+    k: &Array<Vector<F, V8>>,
+    v: &Array<Vector<F, V8>>,
+    records: &Array<Vector<F, V8>>,
+    record_factors: &Array<f32>,
+    strides: &StagedStrides,
+    place: &Place,
+    c: usize,
+    unit: usize,
+    #[comptime] bp: Blueprint,
+) {
+    let n_h = comptime!(bp.spec.micro_steps);
+    if c < place.chunks {
+        let step0 = c * CHUNK;
+        let seq = place.seq;
+        let record = (seq.first_chunk + c) * place.heads + place.hv;
+        let mut at = record * comptime!(bp.record().0);
+        if comptime!(bp.by_channel()) {
+            fetch_all::<F>(records, at, parcel, unit, comptime!(key_rows(bp)));
+            at += comptime!(key_rows(bp).units());
+            fetch_all::<F>(records, at, parcel, unit, comptime!(query_rows(bp)));
+            at += comptime!(query_rows(bp).units());
+            fetch_all::<F>(records, at, parcel, unit, comptime!(decayed_key_rows(bp)));
+            at += comptime!(decayed_key_rows(bp).units());
+        } else {
+            send_for_keys::<F>(parcel, q, k, strides, place, c, unit, bp);
+        }
+        if comptime!(bp.prepared) {
+            fetch_all::<F>(records, at, parcel, unit, comptime!(block_rows(bp)));
+            #[unroll]
+            for round in 0..comptime!(parcel_floats(bp)) {
+                let i = unit + comptime!(round * GROUP_UNITS);
+                if i < comptime!(bp.factors()) {
+                    parcel.floats[round] = record_factors[record * comptime!(bp.factors()) + i];
+                }
+            }
+        }
+        let from = (strides.v.at(seq.row, seq.start * n_h + step0, place.hv) + place.v0) / 8;
+        let last_row = (place.steps - 1 - step0) as u32;
+        let last_col = ((bp.spec.value_dim - place.v0) / 8 - 1) as u32;
+        fetch_rows::<F>(v, from, strides.v.t / 8, last_row, last_col, parcel, unit, comptime!(value_rows(bp)));
+    }
+}
+
+/// Rows past `last_row`, and columns past `last_col`, repeat the last one.
 #[cube]
 fn fetch_rows<F: Float>(
     src: &Array<Vector<F, V8>>,
@@ -128,24 +203,74 @@ fn fetch_rows<F: Float>(
     }
 }
 
-/// Puts a parcel into the stage at `at`.
+/// Rows that lie one behind the other.
 #[cube]
-pub(crate) fn put<F: Float>(parcel: &Parcel<F>, to: &mut Tile<F>, at: usize, unit: usize, #[comptime] bp: Blueprint) {
+fn fetch_all<F: Float>(
+    src: &Array<Vector<F, V8>>,
+    from: usize,
+    parcel: &mut Parcel<F>,
+    unit: usize,
+    #[comptime] rows: Rows,
+) {
+    #[unroll]
+    for round in 0..comptime!(rows.rounds()) {
+        let i = unit + comptime!(round * GROUP_UNITS);
+        if comptime!((round + 1) * GROUP_UNITS <= rows.units()) || i < comptime!(rows.units()) {
+            parcel.units[comptime!(rows.first + round)] = src[from + i];
+        }
+    }
+}
+
+/// Puts a parcel into the stage at `at`, and its floats at `factors_at`.
+#[cube]
+pub(crate) fn put<F: Float>(
+    parcel: &Parcel<F>,
+    to: &mut Tile<F>,
+    factors: &mut SharedMemory<f32>,
+    at: usize,
+    factors_at: usize,
+    unit: usize,
+    #[comptime] bp: Blueprint,
+) {
     put_rows::<F>(parcel, to, at, unit, comptime!(key_rows(bp)));
     put_rows::<F>(parcel, to, at, unit, comptime!(query_rows(bp)));
     put_rows::<F>(parcel, to, at, unit, comptime!(value_rows(bp)));
+    put_rows::<F>(parcel, to, at, unit, comptime!(decayed_key_rows(bp)));
+    put_rows::<F>(parcel, to, at, unit, comptime!(block_rows(bp)));
+    #[unroll]
+    for round in 0..comptime!(parcel_floats(bp)) {
+        let i = unit + comptime!(round * GROUP_UNITS);
+        if i < comptime!(bp.factors()) {
+            factors[factors_at + i] = parcel.floats[round];
+        }
+    }
 }
 
 #[cube]
-fn put_rows<F: Float>(parcel: &Parcel<F>, to: &mut Tile<F>, at: usize, unit: usize, #[comptime] rows: Rows) {
+pub(crate) fn put_rows<F: Float>(parcel: &Parcel<F>, to: &mut Tile<F>, at: usize, unit: usize, #[comptime] rows: Rows) {
     #[unroll]
     for round in 0..comptime!(rows.rounds()) {
         let i = unit as u32 + comptime!((round * GROUP_UNITS) as u32);
         let row = i / comptime!(rows.cols as u32);
         let col = i % comptime!(rows.cols as u32);
-        if comptime!((round + 1) * GROUP_UNITS <= rows.rows * rows.cols) || row < comptime!(rows.rows as u32) {
-            let into = (row * comptime!((rows.cols + 1) as u32) + col) as usize;
+        if comptime!((round + 1) * GROUP_UNITS <= rows.units()) || row < comptime!(rows.rows as u32) {
+            let into = (row * comptime!(rows.ld as u32) + col) as usize;
             to[at + rows.at + into] = parcel.units[comptime!(rows.first + round)];
+        }
+    }
+}
+
+/// Copies rows of the stage at the start of shared memory to device memory, one behind the other.
+#[cube]
+pub(crate) fn record_rows<F: Float>(from: &Tile<F>, to: &mut Array<Vector<F, V8>>, at: usize, unit: usize, #[comptime] rows: Rows) {
+    #[unroll]
+    for round in 0..comptime!(rows.rounds()) {
+        let i = unit as u32 + comptime!((round * GROUP_UNITS) as u32);
+        let row = i / comptime!(rows.cols as u32);
+        let col = i % comptime!(rows.cols as u32);
+        if comptime!((round + 1) * GROUP_UNITS <= rows.units()) || row < comptime!(rows.rows as u32) {
+            let at_src = (row * comptime!(rows.ld as u32) + col) as usize;
+            to[at + i as usize] = from[rows.at + at_src];
         }
     }
 }

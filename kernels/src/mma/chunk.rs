@@ -14,7 +14,7 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{
-    BLOCK_UNITS, BLOCKS, Blueprint, CHUNK, DECAY_AT, ERASE_AT, ERASE_BLOCK, FACTORS, LEAF_PAIRS, LEAF_ROW, READ_AT, TILE,
+    BLOCK_UNITS, BLOCKS, Blueprint, CHUNK, DECAY_AT, ERASE_AT, ERASE_BLOCK, LEAF_PAIRS, LEAF_ROW, READ_AT, TILE,
     WRITE_AT,
 };
 use super::stage::Place;
@@ -60,12 +60,15 @@ pub(crate) fn read_gates<B: Float, G: Float>(
     raw
 }
 
-/// Beta of the lane's micro-step and the log decay from the start of the chunk to it, and to the end.
+/// Beta of the lane's micro-step, the log decay from the start of the chunk to it, and to the end. In the
+/// second half of the chunk `split` is the decay since the end of the first, in the first half the decay until
+/// then.
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Gates {
     beta: f32,
     sum: f32,
     total: f32,
+    split: f32,
 }
 
 #[cube]
@@ -88,12 +91,15 @@ fn gates(
     }
     let mut sum = 0.0f32;
     let mut total = 0.0f32;
+    let mut split = 1.0f32;
     if comptime!(bp.spec.decay == Decay::Head) {
         let g = f32::max(log_decay_of(raw.g, a_log, bias, lower_bound, bp.spec.gate), LOWEST);
         sum = running_sum(select(valid && step % n_h == 0, g, 0.0f32), lane);
         total = plane_shuffle(sum, 31u32);
+        let middle = plane_shuffle(sum, 15u32);
+        split = f32::exp(-f32::abs(sum - middle));
     }
-    Gates { beta, sum, total }
+    Gates { beta, sum, total, split }
 }
 
 /// The sum over this lane and those below it.
@@ -250,6 +256,35 @@ fn store_block<F: Float>(mma: &Mma<F>, tile: &mut Tile<F>, at: usize, lo: &Acc, 
     store::<F>(mma, tile, at + in_block(row, lane / 16), &to_frag::<F>(lo, hi), false);
 }
 
+/// Stores the block below the diagonal: the products of rows of the second half with the keys of the first,
+/// times a factor per row and the decay of each column until the second half. With the decay of each row since
+/// then, that is $\Gamma$, both factors in `[0, 1]`.
+#[cube]
+fn store_below<F: Float>(
+    mma: &Mma<F>,
+    tile: &mut Tile<F>,
+    at: usize,
+    gram: &Gram,
+    rows: Vector<f32, V2>,
+    gates: &Gates,
+    lane: usize,
+    #[comptime] bp: Blueprint,
+) {
+    let mut below = Sequence::<Acc>::new();
+    #[unroll]
+    for n in 0..2usize {
+        let acc = gram.products.index(n);
+        let mut out = Acc::new(2usize);
+        out[0] = acc[0] * Vector::cast_from(rows[0]);
+        out[1] = acc[1] * Vector::cast_from(rows[1]);
+        if comptime!(bp.spec.decay == Decay::Head) {
+            scale_columns(&mut out, at_columns(gates.split, n, lane));
+        }
+        below.push(out);
+    }
+    store_block::<F>(mma, tile, at, below.index(0usize), below.index(1usize), lane);
+}
+
 /// Where one chunk's results go.
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Target {
@@ -334,25 +369,11 @@ fn finish_keys<F: Float>(
     }
 
     if block == 1 {
-        let by = Vector::cast_from(0.0f32) - norms;
-        let mut e = Sequence::<Acc>::new();
-        #[unroll]
-        for n in 0..2usize {
-            let g = gate_product(gram.products.index(n), sums, gates, n, lane, bp);
-            e.push(masked(&g, 31i32, 31i32, by, n, lane));
-        }
+        let rows = at_rows(gates.split, first + row, first + row + 8) * norms * Vector::cast_from(-1.0f32);
         let at = to.blocks + comptime!(ERASE_BLOCK * BLOCK_UNITS);
-        store_block::<F>(mma, tile, at, e.index(0usize), e.index(1usize), lane);
+        store_below::<F>(mma, tile, at, gram, rows, gates, lane, bp);
     }
 
-    if lane % 4 == 0 {
-        #[unroll]
-        for e in 0..2usize {
-            let at = to.factors + first + row + 8 * e;
-            factors[at + ERASE_AT] = norms[e] * f32::exp(sums[e]);
-            factors[at + WRITE_AT] = f32::exp(gates.total - sums[e]);
-        }
-    }
     if lane == 0 && block == 0 {
         factors[to.factors + DECAY_AT] = f32::exp(gates.total);
     }
@@ -364,6 +385,12 @@ fn finish_keys<F: Float>(
     let lo = plane_shuffle(norms[0], (own % 8 * 4) as u32);
     let hi = plane_shuffle(norms[1], (own % 8 * 4) as u32);
     let rho = select(own < 8, lo, hi);
+    let sum = plane_shuffle(gates.sum, (first + own) as u32);
+    if lane < TILE {
+        let at = to.factors + first + own;
+        factors[at + ERASE_AT] = rho * f32::exp(sum);
+        factors[at + WRITE_AT] = f32::exp(gates.total - sum);
+    }
     let at = to.blocks + block * BLOCK_UNITS;
     #[unroll]
     for half in 0..2usize {
@@ -431,7 +458,9 @@ fn finish_queries<F: Float>(
     let sums = at_rows(gates.sum, lo, hi);
     #[unroll]
     for j in 0..BLOCKS {
-        if comptime!(bp.spec.micro_steps > 1) || j <= block {
+        if comptime!(bp.spec.micro_steps > 1) || j == block {
+            let below = select(comptime!(bp.spec.micro_steps == 1) && block > 0, 1usize, 0usize);
+            let at = to.blocks + (comptime!(bp.p_block(0, j)) + below) * BLOCK_UNITS;
             let mut p = Sequence::<Acc>::new();
             #[unroll]
             for half in 0..2usize {
@@ -439,21 +468,18 @@ fn finish_queries<F: Float>(
                 let g = gate_product(gram.products.index(n), sums, gates, n, lane, bp);
                 p.push(masked(&g, lo as i32, hi as i32, norms, n, lane));
             }
-            let below = select(comptime!(bp.spec.micro_steps == 1) && block > 0, 1usize, 0usize);
-            let at = to.blocks + (comptime!(bp.p_block(0, j)) + below) * BLOCK_UNITS;
             store_block::<F>(mma, tile, at, p.index(0usize), p.index(1usize), lane);
         }
+    }
+    if comptime!(bp.spec.micro_steps == 1) && block > 0 {
+        let rows = at_rows(gates.split, lo, hi) * norms;
+        let at = to.blocks + comptime!(bp.p_block(1, 0) * BLOCK_UNITS);
+        store_below::<F>(mma, tile, at, gram, rows, gates, lane, bp);
     }
     if lane % 4 == 0 {
         factors[to.factors + READ_AT + row] = norms[0] * f32::exp(sums[0]);
         factors[to.factors + READ_AT + row + 8] = norms[1] * f32::exp(sums[1]);
     }
-}
-
-/// All factors of the two chunks in flight.
-#[cube]
-pub(crate) fn new_factors() -> SharedMemory<f32> {
-    SharedMemory::<f32>::new(comptime!(2 * FACTORS))
 }
 
 /// Scratch for the leaves.
