@@ -3,7 +3,7 @@
 use cubecl::ir::StorageType;
 use cubecl::prelude::*;
 use cubecl::ir::features::MmaConfig;
-use delta_rule_kernels::mma::{Blueprint, CHUNK, PREPARE_UNITS, forward, prepare};
+use delta_rule_kernels::mma::{Blueprint, CHUNK, forward, prepare};
 
 use super::call::{Call, Table, array, cubes, strides};
 use super::{MIN_BUFFER, f32_type};
@@ -20,7 +20,7 @@ pub(super) fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>) -
         && call.options.chunk_size.is_none_or(|c| c == CHUNK)
         && spec.key_dim.is_multiple_of(16)
         && spec.value_dim.is_multiple_of(16)
-        && call.problem.rule().decay != Decay::Channel
+        && (call.problem.rule().decay != Decay::Channel || spec.micro_steps == 1)
         && tensors.iter().all(|t| t.vectorizes(call.dtypes.data, 8));
     if !applies {
         return None;
@@ -108,7 +108,7 @@ pub(super) fn launch<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, bp: 
             prepare::launch_unchecked::<R>(
                 client,
                 cubes(client, records),
-                CubeDim::new_1d(PREPARE_UNITS as u32),
+                CubeDim::new_1d(bp.prepare_units() as u32),
                 arg(Some(&call.q)),
                 arg(Some(&call.k)),
                 arg(Some(&call.beta)),

@@ -11,7 +11,7 @@ pub(crate) const BLOCKS: usize = CHUNK / TILE;
 /// Planes that prepare a chunk: one for 16 rows of keys or queries.
 const GROUP: usize = 4;
 /// Units of a preparing group.
-pub const GROUP_UNITS: usize = 32 * GROUP;
+pub(crate) const GROUP_UNITS: usize = 32 * GROUP;
 /// Units of 16 bytes in a 16 x 16 block.
 pub(crate) const BLOCK_UNITS: usize = 32;
 
@@ -149,9 +149,24 @@ impl Blueprint {
         self.outputs_at() + 2 * self.outputs()
     }
 
-    /// Floats that go with a chunk: a decay per channel, or the factors per micro-step.
+    /// Floats that go with a chunk: factors per micro-step, and the decay per channel where there is one.
     pub(crate) fn factors(&self) -> usize {
-        if self.by_channel() { self.spec.key_dim } else { FACTORS }
+        CHANNELS_AT + if self.by_channel() { self.spec.key_dim } else { 0 }
+    }
+
+    /// Units of a preparing cube: for gates per channel, one for each pair of channels and half of the chunk.
+    pub fn prepare_units(&self) -> usize {
+        if self.by_channel() { self.spec.key_dim.next_multiple_of(32).max(GROUP_UNITS) } else { GROUP_UNITS }
+    }
+
+    /// Where the scaled rows of the preparing cube lie, twice: see `channel.rs`.
+    pub(crate) fn scaled_at(&self, which: usize) -> usize {
+        self.stage() + which * 2 * CHUNK * self.key_row()
+    }
+
+    /// Shared memory of the preparing cube, in units.
+    pub(crate) fn prepare_memory(&self) -> usize {
+        if self.by_channel() { self.scaled_at(2) } else { self.stage() }
     }
 }
 
@@ -165,7 +180,7 @@ pub(crate) const ERASE_AT: usize = 0;
 pub(crate) const WRITE_AT: usize = CHUNK;
 pub(crate) const READ_AT: usize = 2 * CHUNK;
 pub(crate) const DECAY_AT: usize = 3 * CHUNK;
-const FACTORS: usize = 3 * CHUNK + 4;
+pub(crate) const CHANNELS_AT: usize = 3 * CHUNK + 4;
 
 /// Pairs of floats in a row of a leaf, one of them padding.
 pub(crate) const LEAF_ROW: usize = TILE / 2 + 1;

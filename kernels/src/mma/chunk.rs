@@ -118,11 +118,11 @@ fn running_sum(x: f32, lane: usize) -> f32 {
 /// more).
 #[derive(CubeType)]
 pub(crate) struct Gram {
-    products: Sequence<Acc>,
-    squares: Vector<f32, V2>,
+    pub(crate) products: Sequence<Acc>,
+    pub(crate) squares: Vector<f32, V2>,
 }
 
-/// The products of row block `block` of [K; Q] in the stage at `base`.
+/// The products of row block `block` of [K; Q] in the stage at `base` with all keys.
 #[cube]
 pub(crate) fn gram<F: Float>(
     mma: &Mma<F>,
@@ -132,10 +132,26 @@ pub(crate) fn gram<F: Float>(
     lane: usize,
     #[comptime] bp: Blueprint,
 ) -> Gram {
+    let left = base + block * comptime!(TILE * bp.key_row());
+    products::<F>(mma, tile, left, base, lane, BLOCKS, bp.spec.qk_l2norm, bp)
+}
+
+/// 16 rows from `left` times `blocks` tiles of rows from `right`, and the squares of the rows' norms if asked for.
+#[cube]
+pub(crate) fn products<F: Float>(
+    mma: &Mma<F>,
+    tile: &Tile<F>,
+    left: usize,
+    right: usize,
+    lane: usize,
+    #[comptime] blocks: usize,
+    #[comptime] squared: bool,
+    #[comptime] bp: Blueprint,
+) -> Gram {
     let ld = comptime!(bp.key_row());
-    let left = base + block * comptime!(TILE * bp.key_row()) + by_depth(lane, ld);
-    let right = base + by_columns(lane, ld);
-    let mut products = zeros(comptime!(2 * BLOCKS));
+    let left = left + by_depth(lane, ld);
+    let right = right + by_columns(lane, ld);
+    let mut products = zeros(comptime!(2 * blocks));
     let mut lo = Vector::<f32, V2>::cast_from(0.0f32);
     let mut hi = Vector::<f32, V2>::cast_from(0.0f32);
     let total = comptime!(bp.key_steps());
@@ -147,13 +163,13 @@ pub(crate) fn gram<F: Float>(
         if comptime!(step < total) {
             a.push(load::<F>(mma, tile, left + 2 * step, false));
             #[unroll]
-            for j in 0..BLOCKS {
+            for j in 0..blocks {
                 b.push(load::<F>(mma, tile, right + j * comptime!(TILE * bp.key_row()) + 2 * step, false));
             }
         }
         if comptime!(step >= ahead) {
             let now = comptime!(step - ahead);
-            if comptime!(bp.spec.qk_l2norm) {
+            if comptime!(squared) {
                 let f = a.index(now);
                 #[unroll]
                 for half in 0..2usize {
@@ -164,14 +180,14 @@ pub(crate) fn gram<F: Float>(
                 }
             }
             #[unroll]
-            for j in 0..BLOCKS {
-                let right = b.index(comptime!(now * BLOCKS + j));
+            for j in 0..blocks {
+                let right = b.index(comptime!(now * blocks + j));
                 mma2::<F>(mma, &a, now, 0usize, right, &mut products, comptime!(2 * j), 0usize, 1usize);
             }
         }
     }
     let mut squares = Vector::<f32, V2>::cast_from(1.0f32);
-    if comptime!(bp.spec.qk_l2norm) {
+    if comptime!(squared) {
         squares[0] = over_row(lo[0] + lo[1]);
         squares[1] = over_row(hi[0] + hi[1]);
     }

@@ -12,6 +12,7 @@
 //! ```
 
 mod blueprint;
+mod channel;
 mod chunk;
 mod scan;
 mod stage;
@@ -23,11 +24,11 @@ use cubecl::prelude::*;
 
 use crate::record::{StateStrides, Strides, sequence};
 use blueprint::GROUP_UNITS;
-pub use blueprint::GROUP_UNITS as PREPARE_UNITS;
+use channel::gram_by_channel;
 use chunk::{Target, finish, gram, new_leaves, read_gates};
 use scan::{Lane, load_state, scan_chunk, store_state};
 use stage::{
-    Place, StagedStrides, block_rows, key_rows, new_parcel, put, put_rows, query_rows, record_rows, send_for, send_for_keys,
+    Place, StagedStrides, block_rows, decayed_key_rows, key_rows, new_parcel, put, put_rows, query_rows, record_rows, send_for, send_for_keys,
     store_outputs,
 };
 use tile::{Mma, Tile, V8};
@@ -85,7 +86,7 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     };
     let strides = StagedStrides { q: q_at, k: k_at, v: k_at };
     let c = id - seq.first_chunk;
-    let mut tile = Tile::<F>::new_aligned(comptime!(bp.stage()), 128usize);
+    let mut tile = Tile::<F>::new_aligned(comptime!(bp.prepare_memory()), 128usize);
     let mut factors = new_factors(1usize, bp);
     let mut leaves = new_leaves();
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
@@ -93,22 +94,50 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     let lane = unit % 32;
     let block = unit / 32;
 
-    let mut parcel = new_parcel::<F>(bp);
-    send_for_keys::<F>(&mut parcel, q, k, &strides, &place, c, unit, bp);
+    let fetches = unit < GROUP_UNITS;
+    if fetches {
+        let mut parcel = new_parcel::<F>(bp);
+        send_for_keys::<F>(&mut parcel, q, k, &strides, &place, c, unit, bp);
+        put_rows::<F>(&parcel, &mut tile, 0usize, unit, comptime!(key_rows(bp)));
+        put_rows::<F>(&parcel, &mut tile, 0usize, unit, comptime!(query_rows(bp)));
+    }
     let raw = read_gates(beta, g, &beta_at, &g_at, &place, c, lane, bp);
-    put_rows::<F>(&parcel, &mut tile, 0usize, unit, comptime!(key_rows(bp)));
-    put_rows::<F>(&parcel, &mut tile, 0usize, unit, comptime!(query_rows(bp)));
     sync_cube();
-    let products = gram::<F>(&mma, &tile, 0usize, block, lane, bp);
     let to = Target { blocks: comptime!(bp.blocks_at()).runtime(), factors: 0usize };
-    finish::<F>(
-        &mma, &mut tile, &mut factors, &mut leaves, &products, &raw, a_log, dt_bias, lower_bound, scale, &place, c, to, block,
-        lane, bp,
-    );
+    if comptime!(bp.by_channel()) {
+        let products = gram_by_channel::<F, G>(
+            &mma, &mut tile, &mut factors, g, a_log, dt_bias, lower_bound, &g_at, &place, c, unit, bp,
+        );
+        finish::<F>(
+            &mma, &mut tile, &mut factors, &mut leaves, &products, &raw, a_log, dt_bias, lower_bound, scale, &place, c, to,
+            block, lane, bp,
+        );
+    } else {
+        let products = gram::<F>(&mma, &tile, 0usize, block, lane, bp);
+        finish::<F>(
+            &mma, &mut tile, &mut factors, &mut leaves, &products, &raw, a_log, dt_bias, lower_bound, scale, &place, c, to,
+            block, lane, bp,
+        );
+    }
     sync_cube();
-    record_rows::<F>(&tile, records, cube * comptime!(bp.record().0), unit, comptime!(block_rows(bp)));
-    if unit < comptime!(bp.factors()) {
-        record_factors[cube * comptime!(bp.factors()) + unit] = factors[unit];
+    if fetches {
+        let mut at = cube * comptime!(bp.record().0);
+        if comptime!(bp.by_channel()) {
+            record_rows::<F>(&tile, records, at, unit, comptime!(key_rows(bp)));
+            at += comptime!(key_rows(bp).units());
+            record_rows::<F>(&tile, records, at, unit, comptime!(query_rows(bp)));
+            at += comptime!(query_rows(bp).units());
+            record_rows::<F>(&tile, records, at, unit, comptime!(decayed_key_rows(bp)));
+            at += comptime!(decayed_key_rows(bp).units());
+        }
+        record_rows::<F>(&tile, records, at, unit, comptime!(block_rows(bp)));
+    }
+    #[unroll]
+    for round in 0..comptime!(bp.factors().div_ceil(bp.prepare_units())) {
+        let i = unit + comptime!(round * bp.prepare_units());
+        if i < comptime!(bp.factors()) {
+            record_factors[cube * comptime!(bp.factors()) + i] = factors[i];
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{BLOCK_UNITS, BLOCKS, Blueprint, DECAY_AT, ERASE_AT, ERASE_BLOCK, READ_AT, TILE, WRITE_AT};
+use super::blueprint::{BLOCK_UNITS, BLOCKS, Blueprint, CHANNELS_AT, DECAY_AT, ERASE_AT, ERASE_BLOCK, READ_AT, TILE, WRITE_AT};
 use super::chunk::Target;
 use super::stage::Place;
 use super::tile::{
@@ -99,12 +99,8 @@ fn writes<F: Float>(
     let values = base + comptime!(bp.v_at()) + by_columns(lane, comptime!(bp.value_row())) + at.plane * (2 * held);
     #[unroll]
     for j in 0..BLOCKS {
-        let mut lo = Vector::<f32, V2>::cast_from(1.0f32);
-        let mut hi = Vector::<f32, V2>::cast_from(1.0f32);
-        if comptime!(!bp.by_channel()) {
-            lo = factor_pair(factors, from.factors + ERASE_AT, 2 * j, lane);
-            hi = factor_pair(factors, from.factors + ERASE_AT, 2 * j + 1, lane);
-        }
+        let lo = factor_pair(factors, from.factors + ERASE_AT, 2 * j, lane);
+        let hi = factor_pair(factors, from.factors + ERASE_AT, 2 * j + 1, lane);
         #[unroll]
         for m in 0..held {
             let v = load::<F>(mma, tile, values + comptime!(j * TILE * bp.value_row() + 2 * m), true);
@@ -180,14 +176,12 @@ fn read_writes<F: Float>(
     let place = outputs + by_columns(lane, comptime!(bp.value_row())) + at.plane * (2 * held);
     #[unroll]
     for r in 0..comptime!(bp.read_blocks()) {
-        if comptime!(!bp.by_channel()) {
+        #[unroll]
+        for half in 0..2usize {
+            let by = factor_pair(factors, from.factors + READ_AT, comptime!(2 * r + half), lane);
             #[unroll]
-            for half in 0..2usize {
-                let by = factor_pair(factors, from.factors + READ_AT, comptime!(2 * r + half), lane);
-                #[unroll]
-                for m in 0..held {
-                    scale_columns(o.index_mut(comptime!(m * per + 2 * r + half)), by);
-                }
+            for m in 0..held {
+                scale_columns(o.index_mut(comptime!(m * per + 2 * r + half)), by);
             }
         }
         #[unroll]
@@ -240,7 +234,7 @@ fn update<F: Float>(
     if comptime!(bp.by_channel()) {
         #[unroll]
         for n in 0..comptime!(2 * steps) {
-            let decay = factor_pair(factors, from.factors, n, lane);
+            let decay = factor_pair(factors, from.factors + CHANNELS_AT, n, lane);
             #[unroll]
             for m in 0..held {
                 scale_columns(state.index_mut(comptime!(2 * m * bp.key_steps() + n)), decay);

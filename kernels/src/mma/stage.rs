@@ -60,7 +60,7 @@ impl Rows {
         Self { at, ld, rows, cols, first: self.first + self.rounds() }
     }
 
-    fn units(self) -> usize {
+    pub(crate) fn units(self) -> usize {
         self.rows * self.cols
     }
 }
