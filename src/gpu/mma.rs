@@ -104,6 +104,8 @@ pub(super) fn launch<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, bp: 
     let factors_arg = || array(&factors, if bp.prepared { floats * records } else { 4 });
     if bp.prepared && records > 0 {
         // Safety: every index lies inside its buffer, as `checked` has found from shapes and strides.
+        // It does not depend on how the values are dealt.
+        let bp = Blueprint { value_tile: 16, held: 1, groups: 1, ..bp };
         unsafe {
             prepare::launch_unchecked::<R>(
                 client,

@@ -25,19 +25,46 @@ struct Column<F: Float> {
     to: Array<Vector<f32, V2>>,
 }
 
+/// The gates of two channels and 16 rows, as the caller holds them; rows past the end of the sequence repeat the
+/// last one.
+#[cube]
+pub(crate) fn read_channel_gates<G: Float>(
+    g: &Array<G>,
+    g_at: &Strides,
+    place: &Place,
+    c: usize,
+    unit: usize,
+    #[comptime] bp: Blueprint,
+) -> Array<Vector<f32, V2>> {
+    let mut raw = Array::<Vector<f32, V2>>::new(TILE);
+    let pairs = comptime!(bp.spec.key_dim / 2);
+    if comptime!(bp.by_channel()) && unit < comptime!(bp.spec.key_dim) {
+        let first = c * CHUNK + unit / pairs * TILE;
+        let from = g_at.at(place.seq.row, place.seq.start, place.hv) + unit % pairs * 2;
+        #[unroll]
+        for r in 0..TILE {
+            let token = select(first + r < place.seq.tokens, first + r, place.seq.tokens - 1);
+            let at = from + token * g_at.t as usize;
+            let mut x = Vector::<f32, V2>::cast_from(f32::cast_from(g[at]));
+            x[1] = f32::cast_from(g[at + 1]);
+            raw[r] = x;
+        }
+    }
+    raw
+}
+
 /// The gated Gram matrices of the chunk whose keys and queries lie at the start of shared memory, in the layout of
 /// [`gram`](super::chunk::gram); then replaces keys and queries by those decayed from the start of the chunk, and adds
 /// keys decayed to its end, and the decay of the whole chunk. Begins behind a barrier and ends without one.
 #[cube]
-pub(crate) fn gram_by_channel<F: Float, G: Float>(
+pub(crate) fn gram_by_channel<F: Float>(
     mma: &Mma<F>,
     tile: &mut Tile<F>,
     factors: &mut SharedMemory<f32>,
-    g: &Array<G>,
+    raw: &Array<Vector<f32, V2>>,
     a_log: &Array<f32>,
     dt_bias: &Array<f32>,
     lower_bound: f32,
-    g_at: &Strides,
     place: &Place,
     c: usize,
     unit: usize,
@@ -65,17 +92,15 @@ pub(crate) fn gram_by_channel<F: Float, G: Float>(
     if works {
         let (a, bias_lo) = gate_constants(a_log, dt_bias, place.hv, 2 * pair, bp.spec);
         let (_, bias_hi) = gate_constants(a_log, dt_bias, place.hv, 2 * pair + 1, bp.spec);
-        let seq = place.seq;
         let rows = tile.slice(0usize, comptime!(bp.v_at())).with_vector_size::<V2>();
         #[unroll]
         for r in 0..TILE {
             let token = c * CHUNK + first + r;
+            let valid = token < place.seq.tokens;
+            let x = raw[r];
             let mut d = Vector::<f32, V2>::cast_from(1.0f32);
-            if token < seq.tokens {
-                let at = g_at.at(seq.row, seq.start + token, place.hv) + 2 * pair;
-                d[0] = decay_of(f32::cast_from(g[at]), a, bias_lo, lower_bound, bp.spec.gate);
-                d[1] = decay_of(f32::cast_from(g[at + 1]), a, bias_hi, lower_bound, bp.spec.gate);
-            }
+            d[0] = select(valid, decay_of(x[0], a, bias_lo, lower_bound, bp.spec.gate), 1.0f32);
+            d[1] = select(valid, decay_of(x[1], a, bias_hi, lower_bound, bp.spec.gate), 1.0f32);
             column.from[r] = d;
             column.to[r] = Vector::cast_from(1.0f32);
             column.k[r] = rows[(first + r) * row_pairs + pair];

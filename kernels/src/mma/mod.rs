@@ -24,7 +24,7 @@ use cubecl::prelude::*;
 
 use crate::record::{StateStrides, Strides, sequence};
 use blueprint::GROUP_UNITS;
-use channel::gram_by_channel;
+use channel::{gram_by_channel, read_channel_gates};
 use chunk::{Target, finish, gram, new_leaves, read_gates};
 use scan::{Lane, load_state, scan_chunk, store_state};
 use stage::{
@@ -95,18 +95,21 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     let block = unit / 32;
 
     let fetches = unit < GROUP_UNITS;
+    let mut parcel = new_parcel::<F>(bp);
     if fetches {
-        let mut parcel = new_parcel::<F>(bp);
         send_for_keys::<F>(&mut parcel, q, k, &strides, &place, c, unit, bp);
+    }
+    let raw = read_gates(beta, g, &beta_at, &g_at, &place, c, lane, bp);
+    let raw_channels = read_channel_gates(g, &g_at, &place, c, unit, bp);
+    if fetches {
         put_rows::<F>(&parcel, &mut tile, 0usize, unit, comptime!(key_rows(bp)));
         put_rows::<F>(&parcel, &mut tile, 0usize, unit, comptime!(query_rows(bp)));
     }
-    let raw = read_gates(beta, g, &beta_at, &g_at, &place, c, lane, bp);
     sync_cube();
     let to = Target { blocks: comptime!(bp.blocks_at()).runtime(), factors: 0usize };
     if comptime!(bp.by_channel()) {
-        let products = gram_by_channel::<F, G>(
-            &mma, &mut tile, &mut factors, g, a_log, dt_bias, lower_bound, &g_at, &place, c, unit, bp,
+        let products = gram_by_channel::<F>(
+            &mma, &mut tile, &mut factors, &raw_channels, a_log, dt_bias, lower_bound, &place, c, unit, bp,
         );
         finish::<F>(
             &mma, &mut tile, &mut factors, &mut leaves, &products, &raw, a_log, dt_bias, lower_bound, scale, &place, c, to,

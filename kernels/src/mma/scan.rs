@@ -127,6 +127,16 @@ fn writes<F: Float>(
         }
         let leaf = load::<F>(mma, tile, blocks + comptime!(j * BLOCK_UNITS), false);
         mma2::<F>(mma, &r, 0usize, 1usize, &leaf, &mut n, comptime!(2 * j), per, held);
+        if comptime!(bp.by_channel()) {
+            // Scaled keys have been rounded once more than plain ones; what R loses is taken along in turn.
+            let mut rest = Sequence::<Frag<F>>::new();
+            #[unroll]
+            for m in 0..held {
+                let i = comptime!(m * per + 2 * j);
+                rest.push(rest_of::<F>(x.index(i), x.index(comptime!(i + 1)), r.index(m)));
+            }
+            mma2::<F>(mma, &rest, 0usize, 1usize, &leaf, &mut n, comptime!(2 * j), per, held);
+        }
         if comptime!(j + 1 < BLOCKS) {
             #[unroll]
             for m in 0..held {
@@ -136,6 +146,17 @@ fn writes<F: Float>(
         }
     }
     n
+}
+
+/// What rounding took from two neighbouring accumulators, as a left operand of its own.
+#[cube]
+fn rest_of<F: Float>(lo: &Acc, hi: &Acc, rounded: &Frag<F>) -> Frag<F> {
+    let mut f = Frag::<F>::new(4usize);
+    f[0] = Vector::cast_from(lo[0] - Vector::<f32, V2>::cast_from(rounded[0]));
+    f[1] = Vector::cast_from(lo[1] - Vector::<f32, V2>::cast_from(rounded[1]));
+    f[2] = Vector::cast_from(hi[0] - Vector::<f32, V2>::cast_from(rounded[2]));
+    f[3] = Vector::cast_from(hi[1] - Vector::<f32, V2>::cast_from(rounded[3]));
+    f
 }
 
 /// Offset of the row of a 16 x 16 block that this unit passes to `load` for a right operand.
