@@ -25,13 +25,10 @@ pub(super) fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>) -
     if !applies {
         return None;
     }
-    if let Ok(x) = std::env::var("DR_TILE") {
-        let n: Vec<usize> = x.split(',').map(|x| x.parse().unwrap()).collect();
-        return Some(Blueprint { spec, value_tile: n[0], held: n[1], groups: n[2], prepared: n[3] > 0 });
-    }
     let hardware = &client.properties().hardware;
     let heads = call.problem.sequences() * call.problem.shape().value_heads;
     let multiprocessors = hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
+    let packed = call.problem.cu_seqlens().is_some();
     // The widest tile first; narrower ones when it would leave multiprocessors idle.
     let fits = |bp: &Blueprint| bp.shared_memory() <= hardware.max_shared_memory_size;
     let mut tiles = tiles(spec.key_dim, spec.value_dim)
@@ -40,7 +37,7 @@ pub(super) fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>) -
             // groups of planes have time to fetch.
             let groups = if held * spec.key_dim <= 128 && value_tile <= 32 { 2 } else { 1 };
             let prepared = value_tile < spec.value_dim || call.problem.rule().decay == Decay::Channel;
-            Blueprint { spec, value_tile, held, groups, prepared }
+            Blueprint { spec, value_tile, held, groups, packed, prepared }
         })
         .filter(fits)
         .peekable();
@@ -82,16 +79,22 @@ fn has_instructions<R: Runtime>(client: &ComputeClient<R>, dtype: StorageType) -
 pub(super) fn launch<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, bp: Blueprint) -> Result<()> {
     let problem = call.problem;
     let heads = problem.shape().value_heads;
-    let table = Table::new(problem, CHUNK)?;
-    let table_handle = table.upload(client);
-    let table_arg = || array(&table_handle, table.entries.len());
+    // Rows of a batch need no table; something must be bound all the same.
+    let table = bp.packed.then(|| Table::new(problem, CHUNK)).transpose()?;
+    let steps = problem.shape().tokens * problem.rule().micro_steps;
+    let chunks = table.as_ref().map_or(problem.sequences() * steps.div_ceil(CHUNK), |table| table.chunks);
+    let table_handle = table.as_ref().map(|table| (table.upload(client), table.entries.len()));
+    let table_arg = || match &table_handle {
+        Some((handle, len)) => array(handle, *len),
+        None => call.final_state.arg(),
+    };
     // As in `portable.rs`: what has no elements is never read.
     let arg = |tensor: Option<&Checked<R>>| match tensor {
         Some(t) if t.elements > 0 => t.arg(),
         _ => table_arg(),
     };
     let dtypes = [call.dtypes.data, call.dtypes.beta, call.dtypes.gate];
-    let records = table.chunks * heads;
+    let records = chunks * heads;
     let (units, floats) = bp.record();
     let scratch = |len: usize| {
         let bytes = if bp.prepared { (len * records).next_power_of_two().max(MIN_BUFFER) } else { MIN_BUFFER };
@@ -124,8 +127,9 @@ pub(super) fn launch<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, bp: 
                 strides(Some(&call.k)),
                 strides(Some(&call.beta)),
                 strides(call.g.as_ref()),
+                problem.shape().tokens as u32,
                 problem.sequences() as u32,
-                table.chunks as u32,
+                chunks as u32,
                 heads as u32,
                 call.group(),
                 call.scale(),
@@ -162,6 +166,7 @@ pub(super) fn launch<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, bp: 
             strides(Some(&call.o)),
             call.state_strides(call.initial_state.as_ref()),
             call.state_strides(Some(&call.final_state)),
+            problem.shape().tokens as u32,
             problem.sequences() as u32,
             heads as u32,
             call.group(),

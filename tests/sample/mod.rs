@@ -126,6 +126,19 @@ impl Sample {
         })
     }
 
+    /// Rounds q, k and v to the type that the device gets them in.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn round(&mut self, dtype: delta_rule::gpu::HostDType) {
+        use delta_rule::gpu::HostDType;
+        for x in [&mut self.q, &mut self.k, &mut self.v].into_iter().flatten() {
+            *x = match dtype {
+                HostDType::F32 => *x,
+                HostDType::F16 => half::f16::from_f64(*x).to_f64(),
+                HostDType::Bf16 => half::bf16::from_f64(*x).to_f64(),
+            };
+        }
+    }
+
     pub(crate) fn truth(&self, options: &Options) -> Output<f64> {
         reference::forward(&self.problem, options, &self.inputs()).expect("a valid sample")
     }

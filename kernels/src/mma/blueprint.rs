@@ -26,6 +26,8 @@ pub struct Blueprint {
     pub held: usize,
     /// Groups of planes that prepare or fetch chunks in turn, 1 or 2.
     pub groups: usize,
+    /// Whether sequences are listed in a table, or rows of the batch.
+    pub packed: bool,
     /// Whether a launch of its own has prepared the chunks; always so for gates per channel.
     pub prepared: bool,
 }

@@ -22,14 +22,14 @@ pub use blueprint::{Blueprint, CHUNK};
 
 use cubecl::prelude::*;
 
-use crate::record::{StateStrides, Strides, sequence};
+use crate::record::{StateStrides, Strides};
 use blueprint::GROUP_UNITS;
 use channel::{gram_by_channel, read_channel_gates};
 use chunk::{Target, finish, gram, new_leaves, read_gates};
 use scan::{Lane, load_state, scan_chunk, store_state};
 use stage::{
     Place, StagedStrides, block_rows, decayed_key_rows, key_rows, new_parcel, put, put_rows, query_rows, record_rows, send_for, send_for_keys,
-    store_outputs,
+    sequence_of, store_outputs,
 };
 use tile::{Mma, Tile, V8};
 
@@ -56,6 +56,7 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     k_at: Strides,
     beta_at: Strides,
     g_at: Strides,
+    tokens: u32,
     sequences: u32,
     chunks: u32,
     heads: u32,
@@ -71,8 +72,12 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     }
     let id = cube / heads as usize;
     let hv = cube % heads as usize;
-    let n = table[4 * sequences as usize + id] as usize;
-    let seq = sequence(table, n);
+    let n = if comptime!(bp.packed) {
+        table[4 * sequences as usize + id] as usize
+    } else {
+        id / (chunks / sequences) as usize
+    };
+    let seq = sequence_of(table, n, tokens, bp);
     let steps = seq.tokens * comptime!(bp.spec.micro_steps);
     let place = Place {
         seq,
@@ -148,7 +153,8 @@ pub fn prepare<F: Float, B: Float, G: Float>(
 /// their buffers.
 ///
 /// Cube `p` takes value tile `p % tiles`, head `p / tiles % heads` and sequence `p / (tiles * heads)`.
-/// Tensors that the blueprint does not mention may be any buffer.
+/// Tensors that the blueprint does not mention may be any buffer; `tokens` counts those of a row, unless sequences
+/// are packed.
 #[cube(launch_unchecked, fast_math = FastMath::all(), address_type = "u64")]
 pub fn forward<F: Float, B: Float, G: Float>(
     q: &Array<Vector<F, V8>>,
@@ -172,6 +178,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
     o_at: Strides,
     initial_at: StateStrides,
     final_at: StateStrides,
+    tokens: u32,
     sequences: u32,
     heads: u32,
     group: u32,
@@ -186,7 +193,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
         terminate!();
     }
     let n = cube / (tiles * heads as usize);
-    let seq = sequence(table, n);
+    let seq = sequence_of(table, n, tokens, bp);
     let hv = cube / tiles % heads as usize;
     let steps = seq.tokens * comptime!(bp.spec.micro_steps);
     let place = Place {

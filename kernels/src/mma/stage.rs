@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::blueprint::{BLOCK_UNITS, Blueprint, CHUNK, GROUP_UNITS, TILE};
 use super::tile::{Tile, V8};
-use crate::record::{Sequence, Strides};
+use crate::record::{Sequence, Strides, sequence};
 
 /// The cube's sequence, heads and value channels.
 #[derive(CubeType, Clone, Copy)]
@@ -22,6 +22,18 @@ pub(crate) struct Place {
     /// Micro-steps of the sequence.
     pub(crate) steps: usize,
     pub(crate) chunks: usize,
+}
+
+/// Sequence `n`: a row of the batch, or an entry of the table.
+#[cube]
+pub(crate) fn sequence_of(table: &Array<u32>, n: usize, tokens: u32, #[comptime] bp: Blueprint) -> Sequence {
+    if comptime!(bp.packed) {
+        sequence(table, n)
+    } else {
+        let tokens = tokens as usize;
+        let chunks = (tokens * comptime!(bp.spec.micro_steps)).div_ceil(CHUNK);
+        Sequence { row: n, start: 0usize, tokens, first_chunk: n * chunks }
+    }
 }
 
 /// Strides of the inputs that are staged.
