@@ -57,6 +57,23 @@ pub struct OfflineServer {
     utilities: Arc<ServerUtilities<Self>>,
 }
 
+/// Whether kernels also run, on this CPU, and if so whether the planes of a cube take their turns backwards.
+static EMULATION: Mutex<Option<bool>> = Mutex::new(None);
+
+/// From now on launches run on this CPU, slowly; see `emulator.hpp`. Shared memory holds NaN before a cube
+/// begins, as fresh buffers do. `backwards` lets the planes of a cube take turns in the other order.
+pub fn emulate(backwards: bool) {
+    *EMULATION.lock().expect("nobody panicked") = Some(backwards);
+}
+
+impl OfflineServer {
+    fn host_memory(&mut self, binding: &Binding) -> (*mut u8, usize) {
+        let (memory, start, end) = (binding.memory.clone(), binding.offset_start, binding.offset_end);
+        let resource = self.memory.get_resource(memory, start, end).expect("a live binding");
+        resource.get_write_ptr_and_length()
+    }
+}
+
 fn h200_options() -> CompilationOptions {
     CompilationOptions {
         warp_size: 32,
@@ -145,16 +162,32 @@ impl ComputeServer for OfflineServer {
 
     fn initialize_memory(&mut self, memory: ManagedMemoryHandle, size: u64, _: StreamId) {
         let reserved = self.memory.reserve(size).expect("host memory");
+        let resource = self.memory.get_resource(reserved.clone().binding(), None, None).expect("just reserved");
+        let (at, len) = resource.get_write_ptr_and_length();
+        // Safety: the allocation is fresh. All bits set are NaN in every float type.
+        unsafe { std::ptr::write_bytes(at, 0xff, len) };
         self.memory.bind(reserved, memory, 0).expect("a fresh handle");
     }
 
     fn read(&mut self, what: Vec<CopyDescriptor>, _: StreamId) -> DynFut<Result<Vec<Bytes>, ServerError>> {
-        let zeros = |d: CopyDescriptor| Bytes::from_bytes_vec(vec![0; d.handle.size_in_used() as usize]);
-        let all = what.into_iter().map(zeros).collect();
+        let all = what
+            .into_iter()
+            .map(|d| {
+                let (from, len) = self.host_memory(&d.handle);
+                // Safety: the allocation lives as long as the server.
+                Bytes::from_bytes_vec(unsafe { std::slice::from_raw_parts(from, len) }.to_vec())
+            })
+            .collect();
         Box::pin(async move { Ok(all) })
     }
 
-    fn write(&mut self, _: Vec<(CopyDescriptor, Bytes)>, _: StreamId) {}
+    fn write(&mut self, what: Vec<(CopyDescriptor, Bytes)>, _: StreamId) {
+        for (descriptor, bytes) in what {
+            let (to, len) = self.host_memory(&descriptor.handle);
+            // Safety: as above; nobody else holds the allocation now.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len().min(len)) };
+        }
+    }
 
     fn sync(&mut self, _: StreamId) -> DynFut<Result<(), ServerError>> {
         Box::pin(async { Ok(()) })
@@ -173,8 +206,8 @@ impl ComputeServer for OfflineServer {
     unsafe fn launch(
         &mut self,
         kernel: Self::Kernel,
-        _: CubeCount,
-        _: KernelArguments,
+        cubes: CubeCount,
+        arguments: KernelArguments,
         mode: ExecutionMode,
         _: StreamId,
     ) {
@@ -182,12 +215,19 @@ impl ComputeServer for OfflineServer {
             .compile(&mut Default::default(), &h200_options(), mode, kernel.address_type())
             .expect("the kernel generates");
         let shared_memory = compiled.repr.as_ref().map_or(0, |r| r.shared_memory_size());
-        GENERATED.lock().expect("no generator panicked").push(Generated {
+        let generated = Generated {
             name: compiled.entrypoint_name,
             units: compiled.cube_dim.num_elems(),
             shared_memory,
             source: compiled.source,
-        });
+        };
+        if let Some(backwards) = *EMULATION.lock().expect("nobody panicked") {
+            let CubeCount::Static(x, y, z) = cubes else { panic!("grids are known on the host") };
+            let buffers: Vec<_> = arguments.buffers.iter().map(|b| self.host_memory(b).0.cast()).collect();
+            crate::emulate::run(&generated, (x, y, z), &buffers, &arguments.info.data, backwards)
+                .unwrap_or_else(|e| panic!("{e}"));
+        }
+        GENERATED.lock().expect("no generator panicked").push(generated);
     }
 
     fn flush(&mut self, _: StreamId) -> Result<(), ServerError> {
