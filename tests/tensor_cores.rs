@@ -142,7 +142,9 @@ fn twenty_runs_give_the_same_bits() {
     for (rule, heads) in [(Rule::gated_deltanet(), 1), (Rule::gated_deltanet(), 128), (Rule::kda(), 2)] {
         let problem = Problem::new(rule, shape(1, 140, [heads, heads], [64, 64])).unwrap();
         let sample = Sample::new(problem, NEGATIVE, 9);
-        let run = || sample.with_f32(|x| forward_host(&client, HostDType::Bf16, &sample.problem, &Options::new(), x));
+        let run = || {
+            sample.with_f32(|x| forward_host(&client, HostDType::Bf16, &sample.problem, &Options::new(), x))
+        };
         let first = run().unwrap();
         for _ in 1..20 {
             assert!(run().unwrap() == first);

@@ -74,7 +74,12 @@ fn rule_of(name: &str) -> Rule {
 }
 
 /// A buffer of `len` pseudo-random elements, drawn once per 2^16 and repeated.
-fn random(client: &ComputeClient<CudaRuntime>, shape: Vec<usize>, bf16: bool, f: impl Fn(f64) -> f64) -> TensorHandle<CudaRuntime> {
+fn random(
+    client: &ComputeClient<CudaRuntime>,
+    shape: Vec<usize>,
+    bf16: bool,
+    f: impl Fn(f64) -> f64,
+) -> TensorHandle<CudaRuntime> {
     let mut seed = shape.len() as u64;
     let mut next = || {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

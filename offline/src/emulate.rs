@@ -17,7 +17,8 @@ pub(crate) struct Emulated {
     library: Library,
 }
 
-/// Kernels by their source: compiling one takes seconds.
+/// Kernels by the sorted lines of their source: compiling one takes seconds, and the generator lists types in any
+/// order.
 static COMPILED: Mutex<Option<HashMap<String, Emulated>>> = Mutex::new(None);
 
 /// Runs `kernel` on buffers in host memory.
@@ -33,10 +34,13 @@ pub(crate) fn run(
 ) -> Result<(), String> {
     let mut compiled = COMPILED.lock().map_err(|e| e.to_string())?;
     let compiled = compiled.get_or_insert_default();
-    if !compiled.contains_key(&kernel.source) {
-        compiled.insert(kernel.source.clone(), compile(kernel, compiled.len())?);
+    let mut lines: Vec<&str> = kernel.source.lines().collect();
+    lines.sort_unstable();
+    let key = lines.join("\n");
+    if !compiled.contains_key(&key) {
+        compiled.insert(key.clone(), compile(kernel, compiled.len())?);
     }
-    let library = &compiled[&kernel.source].library;
+    let library = &compiled[&key].library;
     // Safety: `compile` has defined the symbol with this type, and the kernels stay inside their buffers, as the
     // front door has checked.
     let ended = unsafe {

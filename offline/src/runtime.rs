@@ -162,7 +162,8 @@ impl ComputeServer for OfflineServer {
 
     fn initialize_memory(&mut self, memory: ManagedMemoryHandle, size: u64, _: StreamId) {
         let reserved = self.memory.reserve(size).expect("host memory");
-        let resource = self.memory.get_resource(reserved.clone().binding(), None, None).expect("just reserved");
+        let resource =
+            self.memory.get_resource(reserved.clone().binding(), None, None).expect("just reserved");
         let (at, len) = resource.get_write_ptr_and_length();
         // Safety: the allocation is fresh. All bits set are NaN in every float type.
         unsafe { std::ptr::write_bytes(at, 0xff, len) };

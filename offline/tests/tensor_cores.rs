@@ -8,9 +8,7 @@ use delta_rule::{BetaTransform, GateTransform, Options, Rule};
 #[test]
 fn tensor_core_kernels_compile_without_spills() {
     let plain = Options::new();
-    let fused = Options::new()
-        .with_qk_l2norm(true)
-        .with_beta(BetaTransform::TwoSigmoid);
+    let fused = Options::new().with_qk_l2norm(true).with_beta(BetaTransform::TwoSigmoid);
     let mut calls = 0;
     let mut call = |rule, heads, dims, dtype, options: &Options| {
         generate(rule, heads, dims, dtype, options);
@@ -27,7 +25,13 @@ fn tensor_core_kernels_compile_without_spills() {
     }
     for dims in [[96, 96], [16, 48], [80, 112], [240, 144]] {
         for heads in [256, 2] {
-            call(Rule::gated_deltanet(), heads, dims, bf16_type(), &fused.clone().with_gate(GateTransform::Softplus));
+            call(
+                Rule::gated_deltanet(),
+                heads,
+                dims,
+                bf16_type(),
+                &fused.clone().with_gate(GateTransform::Softplus),
+            );
         }
     }
     if let Some(kernels) = compile_all() {

@@ -4,8 +4,8 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 use delta_rule_kernels::{self as kernels, Spec, StateStridesLaunch, StridesLaunch};
 
-use super::tensors::{Checked, DTypes};
 use super::MIN_BUFFER;
+use super::tensors::{Checked, DTypes};
 use crate::{BetaTransform, Decay, Error, GateTransform, Options, Problem, Result, StateLayout};
 
 /// Arguments that fit each other and their buffers.

@@ -1,13 +1,13 @@
 //! The tensor-core kernel: when it applies, with which blueprint, and its launch.
 
 use cubecl::ir::StorageType;
-use cubecl::prelude::*;
 use cubecl::ir::features::MmaConfig;
+use cubecl::prelude::*;
 use delta_rule_kernels::mma::{Blueprint, CHUNK, forward, prepare};
 
 use super::call::{Call, Table, array, cubes, strides};
-use super::{MIN_BUFFER, f32_type};
 use super::tensors::Checked;
+use super::{MIN_BUFFER, f32_type};
 use crate::{Decay, Error, Result};
 
 /// The blueprint, or nothing where the portable kernels have to do: f32 data, a device without the
@@ -97,7 +97,8 @@ pub(super) fn launch<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, bp: 
     let records = chunks * heads;
     let (units, floats) = bp.record();
     let scratch = |len: usize| {
-        let bytes = if bp.prepared { (len * records).next_power_of_two().max(MIN_BUFFER) } else { MIN_BUFFER };
+        let bytes =
+            if bp.prepared { (len * records).next_power_of_two().max(MIN_BUFFER) } else { MIN_BUFFER };
         client
             .memory_persistent_allocation(bytes, |bytes| client.empty(bytes))
             .map_err(|e| Error::Device { what: e.to_string() })

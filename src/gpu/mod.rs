@@ -99,7 +99,8 @@ pub fn forward_into<R: Runtime>(
     let o = check(Ident::O, o, dtypes.data)?;
     let final_state = check(Ident::FinalState, final_state, f32)?;
 
-    let call = Call { problem, options, dtypes, q, k, v, beta, g, a_log, dt_bias, initial_state, o, final_state };
+    let call =
+        Call { problem, options, dtypes, q, k, v, beta, g, a_log, dt_bias, initial_state, o, final_state };
     match mma::blueprint(client, &call) {
         Some(blueprint) => mma::launch(client, &call, blueprint),
         None => portable::launch(client, &call),

@@ -62,7 +62,6 @@ fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>) -> Result<Bl
     Ok(rows.into_iter().find(filled).unwrap_or(Blueprint { unit_rows: 1, ..bp }))
 }
 
-
 /// How the heads are cut into passes, each with scratch for its records.
 struct Passes {
     scratch_bytes: usize,

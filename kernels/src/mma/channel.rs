@@ -10,7 +10,7 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{BLOCKS, Blueprint, CHANNELS_AT, CHUNK, GROUP_UNITS, TILE};
-use super::chunk::{Gram, products};
+use super::gram::{Gram, products};
 use super::stage::Place;
 use super::tile::{Acc, Mma, Tile, V2, zeros};
 use crate::math::{decay_of, gate_constants};
@@ -54,7 +54,7 @@ pub(crate) fn read_channel_gates<G: Float>(
 }
 
 /// The gated Gram matrices of the chunk whose keys and queries lie at the start of shared memory, in the layout of
-/// [`gram`](super::chunk::gram); then replaces keys and queries by those decayed from the start of the chunk, and adds
+/// [`multiply_keys`](super::gram::multiply_keys); then replaces keys and queries by those decayed from the start of the chunk, and adds
 /// keys decayed to its end, and the decay of the whole chunk. Begins behind a barrier and ends without one.
 #[cube]
 pub(crate) fn gram_by_channel<F: Float>(
@@ -122,7 +122,8 @@ pub(crate) fn gram_by_channel<F: Float>(
         let h = comptime!(1usize << level);
         let at = comptime!(bp.scaled_at(level % 2));
         if works {
-            let mut scaled = tile.slice_mut(at, at + comptime!(2 * CHUNK * bp.key_row())).with_vector_size::<V2>();
+            let mut scaled =
+                tile.slice_mut(at, at + comptime!(2 * CHUNK * bp.key_row())).with_vector_size::<V2>();
             #[unroll]
             for r in 0..TILE {
                 let mut by = column.to[r];

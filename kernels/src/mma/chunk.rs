@@ -14,192 +14,15 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{
-    BLOCK_UNITS, BLOCKS, Blueprint, CHUNK, DECAY_AT, ERASE_AT, ERASE_BLOCK, LEAF_PAIRS, LEAF_ROW, READ_AT, TILE,
-    WRITE_AT,
+    BLOCK_UNITS, BLOCKS, Blueprint, CHUNK, DECAY_AT, ERASE_AT, ERASE_BLOCK, LEAF_PAIRS, LEAF_ROW, READ_AT,
+    TILE, WRITE_AT,
 };
+use super::gates::{Gates, Raw, gates};
+use super::gram::Gram;
 use super::stage::Place;
-use super::tile::{AHEAD, Acc, Frag, Mma, Tile, V2, V8, by_columns, by_depth, in_block, load, mma2, scale_columns, store,
-    to_frag, zeros};
-use crate::math::{beta_of, gate_constants, log_decay_of};
-use crate::record::Strides;
-use crate::spec::{BetaMap, Decay};
-
-/// Below this log decay nothing is left in f32; without the bound one gate of -10000 would cost the sums of
-/// its neighbours their digits.
-const LOWEST: f32 = -104.0;
-
-/// Beta and g of one micro-step, as the caller holds them. A unit takes the micro-step of its lane.
-#[derive(CubeType, Clone, Copy)]
-pub(crate) struct Raw {
-    pub(crate) beta: f32,
-    pub(crate) g: f32,
-}
-
-/// Reads them, one chunk ahead of their use.
-#[cube]
-pub(crate) fn read_gates<B: Float, G: Float>(
-    beta: &Array<B>,
-    g: &Array<G>,
-    beta_at: &Strides,
-    g_at: &Strides,
-    place: &Place,
-    c: usize,
-    lane: usize,
-    #[comptime] bp: Blueprint,
-) -> Raw {
-    let n_h = comptime!(bp.spec.micro_steps);
-    let step = c * CHUNK + lane;
-    let seq = place.seq;
-    let mut raw = Raw { beta: 0.0f32, g: 0.0f32 };
-    if step < place.steps {
-        raw.beta = f32::cast_from(beta[beta_at.at(seq.row, seq.start * n_h + step, place.hv)]);
-        if comptime!(bp.spec.decay == Decay::Head) {
-            raw.g = f32::cast_from(g[g_at.at(seq.row, seq.start + step / n_h, place.hv)]);
-        }
-    }
-    raw
-}
-
-/// Beta of the lane's micro-step, the log decay from the start of the chunk to it, and to the end. In the
-/// second half of the chunk `split` is the decay since the end of the first, in the first half the decay until
-/// then.
-#[derive(CubeType, Clone, Copy)]
-pub(crate) struct Gates {
-    beta: f32,
-    sum: f32,
-    total: f32,
-    split: f32,
-}
-
-#[cube]
-fn gates(
-    raw: &Raw,
-    a_log: f32,
-    bias: f32,
-    lower_bound: f32,
-    place: &Place,
-    c: usize,
-    lane: usize,
-    #[comptime] bp: Blueprint,
-) -> Gates {
-    let n_h = comptime!(bp.spec.micro_steps);
-    let step = c * CHUNK + lane;
-    let valid = step < place.steps;
-    let mut beta = beta_of(raw.beta, bp.spec.beta);
-    if comptime!(bp.spec.beta != BetaMap::Identity) {
-        beta = select(valid, beta, 0.0f32);
-    }
-    let mut sum = 0.0f32;
-    let mut total = 0.0f32;
-    let mut split = 1.0f32;
-    if comptime!(bp.spec.decay == Decay::Head) {
-        let g = f32::max(log_decay_of(raw.g, a_log, bias, lower_bound, bp.spec.gate), LOWEST);
-        sum = running_sum(select(valid && step % n_h == 0, g, 0.0f32), lane);
-        total = plane_shuffle(sum, 31u32);
-        let middle = plane_shuffle(sum, 15u32);
-        split = f32::exp(-f32::abs(sum - middle));
-    }
-    Gates { beta, sum, total, split }
-}
-
-/// The sum over this lane and those below it.
-#[cube]
-fn running_sum(x: f32, lane: usize) -> f32 {
-    let mut sum = x;
-    #[unroll]
-    for level in 0..5usize {
-        let below = plane_shuffle_up(sum, comptime!(1u32 << level));
-        sum += select(lane >= comptime!(1usize << level), below, 0.0f32);
-    }
-    sum
-}
-
-/// 16 rows of [K; Q] times all keys of the chunk, and the squares of the rows' norms (rows `lane / 4` and 8
-/// more).
-#[derive(CubeType)]
-pub(crate) struct Gram {
-    pub(crate) products: Sequence<Acc>,
-    pub(crate) squares: Vector<f32, V2>,
-}
-
-/// The products of row block `block` of [K; Q] in the stage at `base` with all keys.
-#[cube]
-pub(crate) fn gram<F: Float>(
-    mma: &Mma<F>,
-    tile: &Tile<F>,
-    base: usize,
-    block: usize,
-    lane: usize,
-    #[comptime] bp: Blueprint,
-) -> Gram {
-    let left = base + block * comptime!(TILE * bp.key_row());
-    products::<F>(mma, tile, left, base, lane, BLOCKS, bp.spec.qk_l2norm, bp)
-}
-
-/// 16 rows from `left` times `blocks` tiles of rows from `right`, and the squares of the rows' norms if asked for.
-#[cube]
-pub(crate) fn products<F: Float>(
-    mma: &Mma<F>,
-    tile: &Tile<F>,
-    left: usize,
-    right: usize,
-    lane: usize,
-    #[comptime] blocks: usize,
-    #[comptime] squared: bool,
-    #[comptime] bp: Blueprint,
-) -> Gram {
-    let ld = comptime!(bp.key_row());
-    let left = left + by_depth(lane, ld);
-    let right = right + by_columns(lane, ld);
-    let mut products = zeros(comptime!(2 * blocks));
-    let mut lo = Vector::<f32, V2>::cast_from(0.0f32);
-    let mut hi = Vector::<f32, V2>::cast_from(0.0f32);
-    let total = comptime!(bp.key_steps());
-    let ahead = comptime!((AHEAD / 2).min(bp.key_steps()));
-    let mut a = Sequence::<Frag<F>>::new();
-    let mut b = Sequence::<Frag<F>>::new();
-    #[unroll]
-    for step in 0..comptime!(total + ahead) {
-        if comptime!(step < total) {
-            a.push(load::<F>(mma, tile, left + 2 * step, false));
-            #[unroll]
-            for j in 0..blocks {
-                b.push(load::<F>(mma, tile, right + j * comptime!(TILE * bp.key_row()) + 2 * step, false));
-            }
-        }
-        if comptime!(step >= ahead) {
-            let now = comptime!(step - ahead);
-            if comptime!(squared) {
-                let f = a.index(now);
-                #[unroll]
-                for half in 0..2usize {
-                    let x = Vector::<f32, V2>::cast_from(f[comptime!(2 * half)]);
-                    let y = Vector::<f32, V2>::cast_from(f[comptime!(2 * half + 1)]);
-                    lo += x * x;
-                    hi += y * y;
-                }
-            }
-            #[unroll]
-            for j in 0..blocks {
-                let right = b.index(comptime!(now * blocks + j));
-                mma2::<F>(mma, &a, now, 0usize, right, &mut products, comptime!(2 * j), 0usize, 1usize);
-            }
-        }
-    }
-    let mut squares = Vector::<f32, V2>::cast_from(1.0f32);
-    if comptime!(squared) {
-        squares[0] = over_row(lo[0] + lo[1]);
-        squares[1] = over_row(hi[0] + hi[1]);
-    }
-    Gram { products, squares }
-}
-
-/// The sum over the four units that share a row.
-#[cube]
-fn over_row(x: f32) -> f32 {
-    let y = x + plane_shuffle_xor(x, 1u32);
-    y + plane_shuffle_xor(y, 2u32)
-}
+use super::tile::{Acc, Mma, Tile, V2, V8, in_block, scale_columns, store, to_frag};
+use crate::math::gate_constants;
+use crate::spec::Decay;
 
 /// The value that lane `8 n + 2 (lane % 4)` and the next hold: one factor per column of accumulator `n`.
 #[cube]
@@ -232,7 +55,14 @@ fn reciprocal_norms(gram: &Gram, #[comptime] bp: Blueprint) -> Vector<f32, V2> {
 
 /// $\Gamma$ times accumulator `n`, for rows whose log decays are `rows`.
 #[cube]
-fn gate_product(acc: &Acc, rows: Vector<f32, V2>, gates: &Gates, n: usize, lane: usize, #[comptime] bp: Blueprint) -> Acc {
+fn gate_product(
+    acc: &Acc,
+    rows: Vector<f32, V2>,
+    gates: &Gates,
+    n: usize,
+    lane: usize,
+    #[comptime] bp: Blueprint,
+) -> Acc {
     let mut out = Acc::new(2usize);
     out[0] = acc[0];
     out[1] = acc[1];
@@ -257,9 +87,9 @@ fn masked(acc: &Acc, limit_lo: i32, limit_hi: i32, by: Vector<f32, V2>, n: usize
     let mut lo = acc[0] * Vector::cast_from(by[0]);
     let mut hi = acc[1] * Vector::cast_from(by[1]);
     lo[0] = select(column <= limit_lo, lo[0], 0.0f32);
-    lo[1] = select(column + 1 <= limit_lo, lo[1], 0.0f32);
+    lo[1] = select(column < limit_lo, lo[1], 0.0f32);
     hi[0] = select(column <= limit_hi, hi[0], 0.0f32);
-    hi[1] = select(column + 1 <= limit_hi, hi[1], 0.0f32);
+    hi[1] = select(column < limit_hi, hi[1], 0.0f32);
     out[0] = lo;
     out[1] = hi;
     out

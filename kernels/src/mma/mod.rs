@@ -14,8 +14,11 @@
 mod blueprint;
 mod channel;
 mod chunk;
+mod gates;
+mod gram;
 mod scan;
 mod stage;
+mod state;
 mod tile;
 
 pub use blueprint::{Blueprint, CHUNK};
@@ -25,12 +28,15 @@ use cubecl::prelude::*;
 use crate::record::{StateStrides, Strides};
 use blueprint::GROUP_UNITS;
 use channel::{gram_by_channel, read_channel_gates};
-use chunk::{Target, finish, gram, new_leaves, read_gates};
-use scan::{Lane, load_state, scan_chunk, store_state};
+use chunk::{Target, finish, new_leaves};
+use gates::read_gates;
+use gram::multiply_keys;
+use scan::scan_chunk;
 use stage::{
-    Place, StagedStrides, block_rows, decayed_key_rows, key_rows, new_parcel, put, put_rows, query_rows, record_rows, send_for, send_for_keys,
-    sequence_of, store_outputs,
+    Place, StagedStrides, block_rows, decayed_key_rows, key_rows, new_parcel, put, put_rows, query_rows,
+    record_rows, send_for, send_for_keys, sequence_of, store_outputs,
 };
+use state::{Lane, load_state, store_state};
 use tile::{Mma, Tile, V8};
 
 /// What the units of a cube share.
@@ -66,7 +72,7 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     #[comptime] bp: Blueprint,
     #[define(F, B, G)] _types: [StorageType; 3],
 ) {
-    let cube = CUBE_POS as usize;
+    let cube = CUBE_POS;
     if cube >= (chunks * heads) as usize {
         terminate!();
     }
@@ -114,17 +120,55 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     let to = Target { blocks: comptime!(bp.blocks_at()).runtime(), factors: 0usize };
     if comptime!(bp.by_channel()) {
         let products = gram_by_channel::<F>(
-            &mma, &mut tile, &mut factors, &raw_channels, a_log, dt_bias, lower_bound, &place, c, unit, bp,
+            &mma,
+            &mut tile,
+            &mut factors,
+            &raw_channels,
+            a_log,
+            dt_bias,
+            lower_bound,
+            &place,
+            c,
+            unit,
+            bp,
         );
         finish::<F>(
-            &mma, &mut tile, &mut factors, &mut leaves, &products, &raw, a_log, dt_bias, lower_bound, scale, &place, c, to,
-            block, lane, bp,
+            &mma,
+            &mut tile,
+            &mut factors,
+            &mut leaves,
+            &products,
+            &raw,
+            a_log,
+            dt_bias,
+            lower_bound,
+            scale,
+            &place,
+            c,
+            to,
+            block,
+            lane,
+            bp,
         );
     } else {
-        let products = gram::<F>(&mma, &tile, 0usize, block, lane, bp);
+        let products = multiply_keys::<F>(&mma, &tile, 0usize, block, lane, bp);
         finish::<F>(
-            &mma, &mut tile, &mut factors, &mut leaves, &products, &raw, a_log, dt_bias, lower_bound, scale, &place, c, to,
-            block, lane, bp,
+            &mma,
+            &mut tile,
+            &mut factors,
+            &mut leaves,
+            &products,
+            &raw,
+            a_log,
+            dt_bias,
+            lower_bound,
+            scale,
+            &place,
+            c,
+            to,
+            block,
+            lane,
+            bp,
         );
     }
     sync_cube();
@@ -188,7 +232,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
     #[define(F, B, G)] _types: [StorageType; 3],
 ) {
     let tiles = comptime!(bp.value_tiles());
-    let cube = CUBE_POS as usize;
+    let cube = CUBE_POS;
     if cube >= (sequences * heads) as usize * tiles {
         terminate!();
     }
@@ -267,14 +311,28 @@ pub fn forward<F: Float, B: Float, G: Float>(
                 }
             } else {
                 let at_stage = next % stages;
-                let products = gram::<F>(&mma, &tile, at_stage * stage, block, lane, bp);
+                let products = multiply_keys::<F>(&mma, &tile, at_stage * stage, block, lane, bp);
                 if comptime!(groups > 1) {
                     sync_cube();
                 }
                 let to = Target { blocks: at_stage * stage + blocks, factors: at_stage * chunk_factors };
                 finish::<F>(
-                    &mma, &mut tile, &mut factors, &mut leaves, &products, &raw, a_log, dt_bias, lower_bound, scale, &place,
-                    next, to, block, lane, bp,
+                    &mma,
+                    &mut tile,
+                    &mut factors,
+                    &mut leaves,
+                    &products,
+                    &raw,
+                    a_log,
+                    dt_bias,
+                    lower_bound,
+                    scale,
+                    &place,
+                    next,
+                    to,
+                    block,
+                    lane,
+                    bp,
                 );
             }
             let at_stage = after % stages;

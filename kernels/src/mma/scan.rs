@@ -4,21 +4,16 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{BLOCK_UNITS, BLOCKS, Blueprint, CHANNELS_AT, DECAY_AT, ERASE_AT, ERASE_BLOCK, READ_AT, TILE, WRITE_AT};
-use super::chunk::Target;
-use super::stage::Place;
-use super::tile::{
-    AHEAD, Acc, Frag, Mma, Tile, V2, by_columns, by_depth, in_block, load, mma2, scale_columns, store, to_frag, zeros,
+use super::blueprint::{
+    BLOCK_UNITS, BLOCKS, Blueprint, CHANNELS_AT, DECAY_AT, ERASE_AT, ERASE_BLOCK, READ_AT, TILE, WRITE_AT,
 };
-use crate::record::StateStrides;
+use super::chunk::Target;
+use super::state::Lane;
+use super::tile::{
+    AHEAD, Acc, Frag, Mma, Tile, V2, by_columns, by_depth, in_block, load, mma2, scale_columns, store,
+    to_frag, zeros,
+};
 use crate::spec::Decay;
-
-/// A plane's place in its cube.
-#[derive(CubeType, Clone, Copy)]
-pub(crate) struct Lane {
-    pub(crate) plane: usize,
-    pub(crate) lane: usize,
-}
 
 /// Two factors, for the columns that this unit holds of accumulator `n`.
 #[cube]
@@ -31,7 +26,11 @@ fn factor_pair(factors: &SharedMemory<f32>, at: usize, n: usize, lane: usize) ->
 
 /// The state as left operands of key step `step`, one per tile held.
 #[cube]
-fn state_frags<F: Float>(state: &Sequence<Acc>, #[comptime] step: usize, #[comptime] bp: Blueprint) -> Sequence<Frag<F>> {
+fn state_frags<F: Float>(
+    state: &Sequence<Acc>,
+    #[comptime] step: usize,
+    #[comptime] bp: Blueprint,
+) -> Sequence<Frag<F>> {
     let mut frags = Sequence::<Frag<F>>::new();
     #[unroll]
     for m in 0..comptime!(bp.held) {
@@ -72,10 +71,30 @@ fn read_state<F: Float>(
                 right.push(load::<F>(mma, tile, rows + comptime!(bp.row_fragment(i + AHEAD)), false));
             }
             if comptime!(j < BLOCKS) {
-                mma2::<F>(mma, &left, 0usize, 1usize, right.index(i), x, comptime!(2 * j), comptime!(2 * BLOCKS), held);
+                mma2::<F>(
+                    mma,
+                    &left,
+                    0usize,
+                    1usize,
+                    right.index(i),
+                    x,
+                    comptime!(2 * j),
+                    comptime!(2 * BLOCKS),
+                    held,
+                );
             } else {
                 let n = comptime!(2 * (j - BLOCKS));
-                mma2::<F>(mma, &left, 0usize, 1usize, right.index(i), o, n, comptime!(2 * bp.read_blocks()), held);
+                mma2::<F>(
+                    mma,
+                    &left,
+                    0usize,
+                    1usize,
+                    right.index(i),
+                    o,
+                    n,
+                    comptime!(2 * bp.read_blocks()),
+                    held,
+                );
             }
         }
     }
@@ -96,7 +115,8 @@ fn writes<F: Float>(
     let held = comptime!(bp.held);
     let per = comptime!(2 * BLOCKS);
     let lane = at.lane;
-    let values = base + comptime!(bp.v_at()) + by_columns(lane, comptime!(bp.value_row())) + at.plane * (2 * held);
+    let values =
+        base + comptime!(bp.v_at()) + by_columns(lane, comptime!(bp.value_row())) + at.plane * (2 * held);
     #[unroll]
     for j in 0..BLOCKS {
         let lo = factor_pair(factors, from.factors + ERASE_AT, 2 * j, lane);
@@ -238,7 +258,9 @@ fn update<F: Float>(
     let held = comptime!(bp.held);
     let lane = at.lane;
     let steps = comptime!(bp.key_steps());
-    let keys = base + comptime!(if bp.by_channel() { bp.kd_at() } else { 0 }) + by_depth(lane, comptime!(bp.key_row()));
+    let keys = base
+        + comptime!(if bp.by_channel() { bp.kd_at() } else { 0 })
+        + by_depth(lane, comptime!(bp.key_row()));
     let total = comptime!(BLOCKS * bp.key_steps());
     let mut right = Sequence::<Frag<F>>::new();
     #[unroll]
@@ -286,7 +308,17 @@ fn update<F: Float>(
             if comptime!(i + AHEAD < total) {
                 right.push(load::<F>(mma, tile, keys + comptime!(bp.depth_fragment(i + AHEAD)), true));
             }
-            mma2::<F>(mma, &left, j, BLOCKS, right.index(i), state, comptime!(2 * step), comptime!(2 * bp.key_steps()), held);
+            mma2::<F>(
+                mma,
+                &left,
+                j,
+                BLOCKS,
+                right.index(i),
+                state,
+                comptime!(2 * step),
+                comptime!(2 * bp.key_steps()),
+                held,
+            );
         }
     }
 }
@@ -310,92 +342,4 @@ pub(crate) fn scan_chunk<F: Float>(
     let mut n = writes::<F>(mma, tile, factors, &mut x, base, from, at, bp);
     read_writes::<F>(mma, tile, factors, &n, &mut o, outputs, from, at, bp);
     update::<F>(mma, tile, factors, state, &mut n, base, from, at, bp);
-}
-
-/// Where this unit's part of a state begins in device memory, and how far apart its parts lie: 8 key channels,
-/// 8 value channels. Computed apart for reading and writing: what both share would be kept all along.
-#[derive(CubeType, Clone, Copy)]
-struct Part {
-    origin: usize,
-    key: usize,
-    keys: usize,
-    values: usize,
-    /// First value channel.
-    value: usize,
-}
-
-#[cube]
-fn part(at: &StateStrides, place: &Place, unit: Lane, #[comptime] bp: Blueprint) -> Part {
-    let value = place.v0 + unit.plane * comptime!(bp.held * TILE) + unit.lane / 4;
-    let head = place.n * at.n as usize + place.hv * at.h as usize;
-    Part {
-        origin: head + unit.lane % 4 * 2 * at.k as usize + value * at.v as usize,
-        key: at.k as usize,
-        keys: 8 * at.k as usize,
-        values: 8 * at.v as usize,
-        value,
-    }
-}
-
-/// The state of this plane: the initial state, or zero.
-#[cube]
-pub(crate) fn load_state(
-    from: &Array<f32>,
-    at: &StateStrides,
-    place: &Place,
-    unit: Lane,
-    #[comptime] bp: Blueprint,
-) -> Sequence<Acc> {
-    let mut state = zeros(comptime!(2 * bp.held * bp.key_steps()));
-    if comptime!(bp.spec.has_initial_state) {
-        let part = part(at, place, unit, bp);
-        #[unroll]
-        for m in 0..comptime!(bp.held) {
-            #[unroll]
-            for e in 0..2usize {
-                let mut first = part.origin + comptime!(2 * m + e) * part.values;
-                if part.value + comptime!(16 * m + 8 * e) < bp.spec.value_dim {
-                    #[unroll]
-                    for n in 0..comptime!(2 * bp.key_steps()) {
-                        let mut x = Vector::<f32, V2>::cast_from(from[first]);
-                        x[1] = from[first + part.key];
-                        let acc = state.index_mut(comptime!(2 * m * bp.key_steps() + n));
-                        acc[e] = x;
-                        first += part.keys;
-                    }
-                }
-            }
-        }
-    }
-    state
-}
-
-/// Writes the state of this plane.
-#[cube]
-pub(crate) fn store_state(
-    state: &Sequence<Acc>,
-    to: &mut Array<f32>,
-    at: &StateStrides,
-    place: &Place,
-    unit: Lane,
-    #[comptime] bp: Blueprint,
-) {
-    let part = part(at, place, unit, bp);
-    #[unroll]
-    for m in 0..comptime!(bp.held) {
-        #[unroll]
-        for e in 0..2usize {
-            let mut first = part.origin + comptime!(2 * m + e) * part.values;
-            if part.value + comptime!(16 * m + 8 * e) < bp.spec.value_dim {
-                #[unroll]
-                for n in 0..comptime!(2 * bp.key_steps()) {
-                    let acc = state.index(comptime!(2 * m * bp.key_steps() + n));
-                    let x = acc[e];
-                    to[first] = x[0];
-                    to[first + part.key] = x[1];
-                    first += part.keys;
-                }
-            }
-        }
-    }
 }

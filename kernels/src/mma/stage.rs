@@ -189,7 +189,16 @@ pub(crate) fn send_for<F: Float>(
         let from = (strides.v.at(seq.row, seq.start * n_h + step0, place.hv) + place.v0) / 8;
         let last_row = (place.steps - 1 - step0) as u32;
         let last_col = ((bp.spec.value_dim - place.v0) / 8 - 1) as u32;
-        fetch_rows::<F>(v, from, strides.v.t / 8, last_row, last_col, parcel, unit, comptime!(value_rows(bp)));
+        fetch_rows::<F>(
+            v,
+            from,
+            strides.v.t / 8,
+            last_row,
+            last_col,
+            parcel,
+            unit,
+            comptime!(value_rows(bp)),
+        );
     }
 }
 
@@ -259,7 +268,13 @@ pub(crate) fn put<F: Float>(
 }
 
 #[cube]
-pub(crate) fn put_rows<F: Float>(parcel: &Parcel<F>, to: &mut Tile<F>, at: usize, unit: usize, #[comptime] rows: Rows) {
+pub(crate) fn put_rows<F: Float>(
+    parcel: &Parcel<F>,
+    to: &mut Tile<F>,
+    at: usize,
+    unit: usize,
+    #[comptime] rows: Rows,
+) {
     #[unroll]
     for round in 0..comptime!(rows.rounds()) {
         let i = unit as u32 + comptime!((round * GROUP_UNITS) as u32);
@@ -274,7 +289,13 @@ pub(crate) fn put_rows<F: Float>(parcel: &Parcel<F>, to: &mut Tile<F>, at: usize
 
 /// Copies rows of the stage at the start of shared memory to device memory, one behind the other.
 #[cube]
-pub(crate) fn record_rows<F: Float>(from: &Tile<F>, to: &mut Array<Vector<F, V8>>, at: usize, unit: usize, #[comptime] rows: Rows) {
+pub(crate) fn record_rows<F: Float>(
+    from: &Tile<F>,
+    to: &mut Array<Vector<F, V8>>,
+    at: usize,
+    unit: usize,
+    #[comptime] rows: Rows,
+) {
     #[unroll]
     for round in 0..comptime!(rows.rounds()) {
         let i = unit as u32 + comptime!((round * GROUP_UNITS) as u32);

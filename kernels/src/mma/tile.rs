@@ -59,14 +59,25 @@ fn half_frag<F: Float>(f: &Frag<F>, #[comptime] h: usize) -> Frag<F> {
 
 /// Loads four 8 x 8 matrices; each unit passes the address of one row, eight units one matrix.
 #[cube]
-pub(crate) fn load<F: Float>(mma: &Mma<F>, from: &Tile<F>, at: usize, #[comptime] transposed: bool) -> Frag<F> {
+pub(crate) fn load<F: Float>(
+    mma: &Mma<F>,
+    from: &Tile<F>,
+    at: usize,
+    #[comptime] transposed: bool,
+) -> Frag<F> {
     let row = from.slice(at, at + 1);
     mma.load_matrix::<Vector<F, V8>, V2>(&row, MatrixIdent::B, 4usize, transposed)
 }
 
 /// Stores four 8 x 8 matrices; the reverse of [`load`].
 #[cube]
-pub(crate) fn store<F: Float>(mma: &Mma<F>, to: &mut Tile<F>, at: usize, f: &Frag<F>, #[comptime] transposed: bool) {
+pub(crate) fn store<F: Float>(
+    mma: &Mma<F>,
+    to: &mut Tile<F>,
+    at: usize,
+    f: &Frag<F>,
+    #[comptime] transposed: bool,
+) {
     let mut row = to.slice_mut(at, at + 1);
     mma.store_matrix::<Vector<F, V8>, V2>(&mut row, f, MatrixIdent::Accumulator, 4usize, transposed);
 }

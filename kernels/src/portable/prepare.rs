@@ -4,10 +4,10 @@ use cubecl::prelude::*;
 
 use super::blueprint::{Blueprint, SLICE, SLICE_LD, SLICE4};
 use super::inverse::invert;
-use crate::math::{beta_of, decay_of, gate_constants};
-use crate::spec::Decay;
-use crate::record::{F4, Strides, load4, sequence};
 use super::walk::{decay_after, walk_down, walk_row};
+use crate::math::{beta_of, decay_of, gate_constants};
+use crate::record::{F4, Strides, load4, sequence};
+use crate::spec::Decay;
 
 /// The chunk that a cube works on.
 #[derive(CubeType, Clone, Copy)]

@@ -3,8 +3,8 @@
 use cubecl::prelude::*;
 
 use super::blueprint::Blueprint;
-use crate::record::{F4, StateStrides, Strides, load4, sequence, store4};
 use super::tile::mma;
+use crate::record::{F4, StateStrides, Strides, load4, sequence, store4};
 
 /// Reads the records of [`prepare`](mod@crate::prepare) and writes o and the final state.
 /// `scratch_scalars` is `scratch` again.

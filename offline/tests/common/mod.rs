@@ -70,7 +70,6 @@ pub(crate) fn generate(
 /// toolchain.
 pub(crate) fn compile_all() -> Option<Vec<Generated>> {
     let kernels = take_generated();
-    if let Ok(d) = std::env::var("DUMP") { for (i, k) in kernels.iter().enumerate() { std::fs::write(format!("{d}/{i}_{}_{}.cu", k.name, k.units), &k.source).unwrap(); } }
     let Some(root) = toolchain() else {
         assert!(
             std::env::var_os("CI").is_none(),

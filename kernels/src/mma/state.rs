@@ -1,0 +1,103 @@
+//! The state between device memory and the registers of the scanning planes.
+
+use cubecl::prelude::*;
+
+use super::blueprint::{Blueprint, TILE};
+use super::stage::Place;
+use super::tile::{Acc, V2, zeros};
+use crate::record::StateStrides;
+
+/// A plane's place in its cube.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Lane {
+    pub(crate) plane: usize,
+    pub(crate) lane: usize,
+}
+
+/// Where this unit's part of a state begins in device memory, and how far apart its parts lie: 8 key channels,
+/// 8 value channels. Computed apart for reading and writing: what both share would be kept all along.
+#[derive(CubeType, Clone, Copy)]
+struct Part {
+    origin: usize,
+    key: usize,
+    keys: usize,
+    values: usize,
+    /// First value channel.
+    value: usize,
+}
+
+#[cube]
+fn part(at: &StateStrides, place: &Place, unit: Lane, #[comptime] bp: Blueprint) -> Part {
+    let value = place.v0 + unit.plane * comptime!(bp.held * TILE) + unit.lane / 4;
+    let head = place.n * at.n as usize + place.hv * at.h as usize;
+    Part {
+        origin: head + unit.lane % 4 * 2 * at.k as usize + value * at.v as usize,
+        key: at.k as usize,
+        keys: 8 * at.k as usize,
+        values: 8 * at.v as usize,
+        value,
+    }
+}
+
+/// The state of this plane: the initial state, or zero.
+#[cube]
+pub(crate) fn load_state(
+    from: &Array<f32>,
+    at: &StateStrides,
+    place: &Place,
+    unit: Lane,
+    #[comptime] bp: Blueprint,
+) -> Sequence<Acc> {
+    let mut state = zeros(comptime!(2 * bp.held * bp.key_steps()));
+    if comptime!(bp.spec.has_initial_state) {
+        let part = part(at, place, unit, bp);
+        #[unroll]
+        for m in 0..comptime!(bp.held) {
+            #[unroll]
+            for e in 0..2usize {
+                let mut first = part.origin + comptime!(2 * m + e) * part.values;
+                if part.value + comptime!(16 * m + 8 * e) < bp.spec.value_dim {
+                    #[unroll]
+                    for n in 0..comptime!(2 * bp.key_steps()) {
+                        let mut x = Vector::<f32, V2>::cast_from(from[first]);
+                        x[1] = from[first + part.key];
+                        let acc = state.index_mut(comptime!(2 * m * bp.key_steps() + n));
+                        acc[e] = x;
+                        first += part.keys;
+                    }
+                }
+            }
+        }
+    }
+    state
+}
+
+/// Writes the state of this plane.
+#[cube]
+pub(crate) fn store_state(
+    state: &Sequence<Acc>,
+    to: &mut Array<f32>,
+    at: &StateStrides,
+    place: &Place,
+    unit: Lane,
+    #[comptime] bp: Blueprint,
+) {
+    let part = part(at, place, unit, bp);
+    #[unroll]
+    for m in 0..comptime!(bp.held) {
+        #[unroll]
+        for e in 0..2usize {
+            let mut first = part.origin + comptime!(2 * m + e) * part.values;
+            if part.value + comptime!(16 * m + 8 * e) < bp.spec.value_dim {
+                #[unroll]
+                for n in 0..comptime!(2 * bp.key_steps()) {
+                    let acc = state.index(comptime!(2 * m * bp.key_steps() + n));
+                    let x = acc[e];
+                    to[first] = x[0];
+                    to[first + part.key] = x[1];
+                    first += part.keys;
+                }
+            }
+        }
+    }
+}
