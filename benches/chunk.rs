@@ -2,7 +2,8 @@
 //!
 //! `cargo bench` times the host engines; `--features wgpu` and `--features cuda` add the devices that are
 //! there. `DELTA_RULE_BENCH=full` takes B = 1, T = 4096, 8 heads, K = V = 128 instead of the quick shape, and
-//! `DELTA_RULE_BENCH=h200` the shapes of `docs/performance.md` on devices alone. `DELTA_RULE_GATE=0` opens every
+//! `DELTA_RULE_BENCH=h200` prints the tensor-core table of `docs/performance.md` (with `--features cuda`; words after `--`
+//! choose lines). `DELTA_RULE_GATE=0` opens every
 //! gate.
 
 mod engines;

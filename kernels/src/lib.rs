@@ -1,8 +1,8 @@
-//! Device code of the `delta-rule` crate: the chunkwise delta rule in two launches.
+//! Device code of the `delta-rule` crate: the chunkwise delta rule, twice.
 //!
-//! [`prepare`] works on every chunk at once and turns the rule (its decay, its micro-steps, its fused
-//! transforms) into one record per chunk and value head; [`scan`] walks the chunks of a sequence with the
-//! state in shared memory and knows no rule at all. With $\Gamma_{ij} = \prod_{l=j+1}^{i} D_l$:
+//! [`portable`] runs everywhere, [`mma`] on tensor cores. Both do the same with a chunk: what does not need the state
+//! is *prepared*, for all chunks alike; then the state *scans* the chunks of its sequence. With
+//! $\Gamma_{ij} = \prod_{l=j+1}^{i} D_l$:
 //!
 //! ```text
 //! prepare   L = diag(beta) stril(K K^T . Gamma)     T = (I + L)^-1 diag(beta)    P = scale tril(Q K^T . Gamma)
@@ -10,10 +10,12 @@
 //! scan      N = T (V - Kg S)      O = Qg S + P N      S <- gamma S + Kd^T N
 //! ```
 //!
-//! Every decay is a running product of factors in `[0, 1]`: no exponent is ever positive and nothing
-//! cancels, whatever the gates (see `walk.rs`).
+//! `portable` prepares with one launch and scans with another; its decays are running products of factors in
+//! `[0, 1]`, so that no exponent is ever positive and nothing cancels (see `walk.rs`). `mma` keeps the state in
+//! registers and prepares on planes beside those that scan; gates per channel, and few heads, get a launch of
+//! their own.
 //!
-//! The kernels take buffers, strides and a [`Blueprint`]; they check nothing. The crate `delta-rule` does.
+//! The kernels take buffers, strides and a blueprint; they check nothing. The crate `delta-rule` does.
 
 // `#[cube]` expands to public items without documentation.
 #![allow(missing_docs)]

@@ -39,8 +39,7 @@ pub(super) fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>) -
             let prepared = value_tile < spec.value_dim || call.problem.rule().decay == Decay::Channel;
             Blueprint { spec, value_tile, held, groups, packed, prepared }
         })
-        .filter(fits)
-        .peekable();
+        .filter(fits);
     let mut best = tiles.next()?;
     for bp in tiles {
         if heads * best.value_tiles() * 4 >= multiprocessors * 3 {
@@ -48,10 +47,26 @@ pub(super) fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>) -
         }
         best = bp;
     }
-    Some(best)
+    scratch_fits(client, call, &best).then_some(best)
 }
 
-/// `(value_tile, held)` from wide to narrow, at most four writers each.
+/// Whether the records of a prepared launch fit into one buffer; if not, the portable kernels do with less.
+fn scratch_fits<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, bp: &Blueprint) -> bool {
+    let problem = call.problem;
+    let steps = problem.shape().tokens * problem.rule().micro_steps;
+    // Each sequence rounds up to whole chunks.
+    let chunks = (problem.shape().batch * steps).div_ceil(CHUNK) + problem.sequences();
+    let (units, floats) = bp.record();
+    let bytes = rounded(chunks * problem.shape().value_heads * (16 * units).max(4 * floats)) as u64;
+    !bp.prepared || bytes <= client.properties().memory.max_page_size
+}
+
+/// Few sizes, since the client keeps each buffer: at most an eighth more than asked for.
+fn rounded(bytes: usize) -> usize {
+    bytes.next_multiple_of((bytes.next_power_of_two() / 16).max(1))
+}
+
+/// `(value_tile, held)` from wide to narrow, at most four scanning planes each.
 fn tiles(key_dim: usize, value_dim: usize) -> impl Iterator<Item = (usize, usize)> {
     let wide = if key_dim <= 128 { 2 } else { 1 };
     let all = [(128, 2), (64, 2), (64, 1), (32, 1), (16, 1)];
@@ -97,8 +112,7 @@ pub(super) fn launch<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, bp: 
     let records = chunks * heads;
     let (units, floats) = bp.record();
     let scratch = |len: usize| {
-        let bytes =
-            if bp.prepared { (len * records).next_power_of_two().max(MIN_BUFFER) } else { MIN_BUFFER };
+        let bytes = if bp.prepared { rounded(len * records).max(MIN_BUFFER) } else { MIN_BUFFER };
         client
             .memory_persistent_allocation(bytes, |bytes| client.empty(bytes))
             .map_err(|e| Error::Device { what: e.to_string() })

@@ -1,14 +1,21 @@
 //! The front door on CubeCL bindings: chunkwise kernels on CUDA and WGPU.
 //!
-//! Everything stays on the device and nothing waits for it: a call checks its arguments, uploads a small table
-//! of the sequences and puts two kernels per pass into the stream. Kernel faults therefore surface where
-//! CubeCL reports them, at the next `sync`, `flush` or read of the client; on WGPU call `sync` before you
-//! trust what you read.
+//! Everything stays on the device and nothing waits for it: a call checks its arguments and puts its kernels into
+//! the stream. Kernel faults therefore surface where CubeCL reports them, at the next `sync`, `flush` or read of
+//! the client; on WGPU call `sync` before you trust what you read.
 //!
-//! The kernels read f32, f16 and bf16 (where the device has them), compute in f32, and keep states in f32.
-//! Scratch memory is `4 (3 K' + 2 C + K' / C)` bytes per micro-step and value head, K' being K rounded up to
-//! 32 and C the chunk size (1.8 KB at K = 128), in passes over the heads of at most 1 GiB. The client keeps it
-//! for the next call, one buffer for each power of two that was needed, until its `memory_cleanup`.
+//! There are two sets of kernels, and the call decides from the device and the shapes:
+//!
+//! - **Tensor cores** (CUDA, sm_90): q, k, v and o in f16 or bf16, K and V multiples of 16, rows that can be read 16
+//!   bytes at a time, chunks of 32 (or no choice), and one micro-step per token if there is a gate per channel.
+//!   Operands are rounded to the data's type, sums and states are f32. One launch, or two for KDA and where few
+//!   heads are dealt out by value channels; these two share scratch of 110 bytes per micro-step and value head
+//!   (KDA at K = 128: 900).
+//! - **Portable** (every device, every shape): f32, f16 or bf16 data, arithmetic in f32. `Options::chunk_size` of 16
+//!   asks for them. Scratch is `4 (3 K' + 2 C + K' / C)` bytes per micro-step and value head, K' being K rounded up to
+//!   32 and C the chunk size (1.8 KB at K = 128), in passes over the heads of at most 1 GiB.
+//!
+//! The client keeps scratch for the next call until its `memory_cleanup`.
 
 mod call;
 mod device;
@@ -62,13 +69,13 @@ pub fn forward<R: Runtime>(
 /// Strides are honoured; the last dimension of q, k, v, o and of a gate per channel must be contiguous.
 ///
 /// # Errors
-/// Each names the tensor: [`Error::Shape`], [`Error::Strides`],
-/// [`Error::DType`] for types that the device or the kernels lack,
-/// [`Error::BufferTooSmall`],
-/// [`Error::BufferTooLarge`] over the device's binding limit,
-/// [`Error::Missing`] and [`Error::Unused`],
-/// [`Error::ChunkSize`] unless 16 or 32, and
-/// [`Error::Device`] when shared memory does not suffice. Nothing is launched then.
+/// Each names the tensor: [`Error::Shape`](crate::Error::Shape), [`Error::Strides`](crate::Error::Strides),
+/// [`Error::DType`](crate::Error::DType) for types that the device or the kernels lack,
+/// [`Error::BufferTooSmall`](crate::Error::BufferTooSmall),
+/// [`Error::BufferTooLarge`](crate::Error::BufferTooLarge) over the device's binding limit,
+/// [`Error::Missing`](crate::Error::Missing) and [`Error::Unused`](crate::Error::Unused),
+/// [`Error::ChunkSize`](crate::Error::ChunkSize) unless 16 or 32, and
+/// [`Error::Device`](crate::Error::Device) when shared memory does not suffice. Nothing is launched then.
 pub fn forward_into<R: Runtime>(
     client: &ComputeClient<R>,
     problem: &Problem,

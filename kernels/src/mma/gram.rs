@@ -46,7 +46,8 @@ pub(crate) fn products<F: Float>(
     let mut lo = Vector::<f32, V2>::cast_from(0.0f32);
     let mut hi = Vector::<f32, V2>::cast_from(0.0f32);
     let total = comptime!(bp.key_steps());
-    let ahead = comptime!((AHEAD / 2).min(bp.key_steps()));
+    // Beside gates per channel there are few registers left.
+    let ahead = comptime!(if bp.by_channel() { 1 } else { (AHEAD / 2).min(bp.key_steps()) });
     let mut a = Sequence::<Frag<F>>::new();
     let mut b = Sequence::<Frag<F>>::new();
     #[unroll]

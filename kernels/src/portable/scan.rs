@@ -6,7 +6,7 @@ use super::blueprint::Blueprint;
 use super::tile::mma;
 use crate::record::{F4, StateStrides, Strides, load4, sequence, store4};
 
-/// Reads the records of [`prepare`](mod@crate::prepare) and writes o and the final state.
+/// Reads the records of [`prepare`](mod@super::prepare) and writes o and the final state.
 /// `scratch_scalars` is `scratch` again.
 ///
 /// Cube `p` takes value tile `p % tiles`, head `first_head + p / tiles % heads` and sequence
