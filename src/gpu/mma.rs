@@ -1,4 +1,4 @@
-//! The tensor-core kernel: when it applies, with which blueprint, and its launch.
+//! The tensor-core kernels: when they apply, with which blueprint, and their launches.
 
 use cubecl::ir::StorageType;
 use cubecl::ir::features::MmaConfig;
@@ -79,15 +79,13 @@ fn tiles(key_dim: usize, value_dim: usize) -> impl Iterator<Item = (usize, usize
     kept.into_iter()
 }
 
-/// Whether the device multiplies 16 x 8 x 16 tiles of `dtype` into f32, and loads them by matrices and
-/// without waiting.
+/// Whether the device multiplies 16 x 8 x 16 tiles of `dtype` into f32, and loads and stores them by matrices.
 fn has_instructions<R: Runtime>(client: &ComputeClient<R>, dtype: StorageType) -> bool {
     let features = client.features();
     let instruction = MmaConfig { a_type: dtype, b_type: dtype, cd_type: f32_type(), m: 16, n: 8, k: 16 };
     features.matmul.mma.contains(&instruction)
         && features.matmul.ldmatrix.contains(&dtype)
         && features.matmul.stmatrix.contains(&dtype)
-        && features.copy_async
 }
 
 /// Launches it.

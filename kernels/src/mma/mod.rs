@@ -1,15 +1,17 @@
-//! One launch on tensor cores.
+//! The delta rule on tensor cores, in one launch or two.
 //!
-//! A cube takes a sequence, a value head and a tile of value channels, and walks through the chunks. Some
-//! planes hold the state, which never leaves their registers, and take it through chunk c (`scan.rs`); the
-//! others meanwhile prepare chunk c + 1 (`prepare.rs`), fetch the inputs of chunk c + 2 and store the outputs
-//! of chunk c - 1 (`stage.rs`).
-//! One barrier separates the chunks.
+//! A cube of [`forward`](mod@forward) takes a sequence, a value head and a tile of value channels, and walks through the
+//! chunks. Some planes hold the state, which never leaves their registers, and take it through chunk c (`scan.rs`); the
+//! others meanwhile prepare chunk c + 1 (`chunk.rs`), fetch the inputs of chunk c + 2 and store the outputs of chunk
+//! c - 1 (`stage.rs`). One barrier separates the chunks.
 //!
 //! ```text
 //! prepare   T, E, P from K K^T, Q K^T, the gates and beta
 //! scan      N = T (V - e^G . K S)     O = e^G . Q S + P N     S <- e^{G_C} S + (e^{G_C - G} N)^T K
 //! ```
+//!
+//! Where several cubes share a head, and for gates per channel (`channel.rs`), [`prepare`](mod@prepare) does its part
+//! for all chunks beforehand, and the other planes only fetch and store.
 
 mod blueprint;
 mod channel;
