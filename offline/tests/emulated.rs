@@ -67,6 +67,11 @@ fn kernels_are_right_without_a_gpu() {
         let again = run(&format!("{rule:?}, backwards"), &mut sample, &Options::new(), NEGATIVE_ERROR);
         assert!(wide == again, "{rule:?}: the result depends on the order of planes");
 
+        // One tile of values, few heads: two groups of planes prepare in turn.
+        let problem = Problem::new(rule, shape(1, 135, [1, 1], [32, 16])).unwrap();
+        let mut sample = Sample::new(problem, NEGATIVE, 4);
+        run(&format!("{rule:?}, V = 16"), &mut sample, &Options::new(), NEGATIVE_ERROR);
+
         let problem = Problem::new(rule, shape(1, 150, [1, 2], [32, 32])).unwrap();
         let problem = problem.with_cu_seqlens(&[0, 0, 1, 33, 33, 65, 150, 150]).unwrap();
         let mut sample = Sample::new(problem, MILD, 6);
