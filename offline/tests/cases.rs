@@ -1,0 +1,44 @@
+//! The stored cases in bf16 on the emulated tensor cores: no error may exceed that of flash-linear-attention.
+
+#[path = "../../tests/common/mod.rs"]
+mod common;
+
+use std::path::Path;
+
+use common::{case, relative_error};
+use cubecl::prelude::*;
+use delta_rule::gpu::{HostDType, forward_host};
+use delta_rule_offline::{OfflineCuda, emulate};
+
+#[test]
+fn no_error_exceeds_that_of_fla() {
+    if std::process::Command::new("g++").arg("--version").output().is_err() {
+        assert!(std::env::var_os("CI").is_none(), "CI needs g++");
+        eprintln!("SKIPPED: there is no g++");
+        return;
+    }
+    emulate(false);
+    let client = OfflineCuda::client(&Default::default());
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let mut seen = 0;
+    // Those of the repository and, where they exist, those beside it.
+    for folder in [root.join("tests/cases"), root.join("../shared/cases")] {
+        for file in std::fs::read_dir(folder).into_iter().flatten() {
+            let path = file.expect("a readable folder").path();
+            if path.extension().is_none_or(|e| e != "safetensors") {
+                continue;
+            }
+            let case = case::load(&path);
+            let narrow = case.tensors.to_f32();
+            let got = forward_host(&client, HostDType::Bf16, &case.problem, &case.options, &narrow.inputs());
+            let got = got.expect("the call is accepted");
+            for (name, got) in [("o", &got.o), ("final_state", &got.final_state)] {
+                let (error, fla) = (relative_error(got, &case.expect[name]), case.fla_error[name]);
+                println!("{:40} {name:12} {error:.2e}, FLA {fla:.2e}", case.name);
+                assert!(error <= fla, "{}: {name} is off by {error:.2e}, FLA by {fla:.2e}", case.name);
+            }
+            seen += 1;
+        }
+    }
+    assert!(seen >= 4, "only {seen} cases were found");
+}
