@@ -71,3 +71,40 @@ pub(crate) fn gate_constants(
     }
     (a, bias)
 }
+
+/// The derivative of beta with respect to what the caller holds.
+#[cube]
+pub(crate) fn beta_slope(x: f32, #[comptime] map: BetaMap) -> f32 {
+    let mut slope = 1.0f32;
+    if comptime!(map != BetaMap::Identity) {
+        slope = sigmoid(x) * sigmoid(-x);
+    }
+    if comptime!(map == BetaMap::TwoSigmoid) {
+        slope *= 2.0f32;
+    }
+    slope
+}
+
+/// The derivatives of the log decay with respect to what the caller holds (`dt_bias` has the same) and to `A_log`.
+#[cube]
+pub(crate) fn gate_slopes(
+    x: f32,
+    a_log: f32,
+    bias: f32,
+    lower_bound: f32,
+    #[comptime] map: GateMap,
+) -> (f32, f32) {
+    let mut by_x = 1.0f32;
+    let mut by_a_log = 0.0f32;
+    let a = f32::exp(a_log);
+    if comptime!(map == GateMap::Softplus) {
+        by_x = -a * sigmoid(x + bias);
+        by_a_log = -a * softplus(x + bias);
+    } else if comptime!(map == GateMap::Bounded) {
+        let y = a * (x + bias);
+        let slope = lower_bound * sigmoid(y) * sigmoid(-y);
+        by_x = slope * a;
+        by_a_log = slope * y;
+    }
+    (by_x, by_a_log)
+}

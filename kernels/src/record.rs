@@ -37,6 +37,14 @@ pub struct StateStrides {
     pub v: u32,
 }
 
+#[cube]
+impl StateStrides {
+    /// The offset of value channel 0 at `(n, head, key)`.
+    pub(crate) fn row(&self, n: usize, head: usize, key: usize) -> usize {
+        n * self.n as usize + head * self.h as usize + key * self.k as usize
+    }
+}
+
 /// One sequence, as the table lists it: `[row, first token, tokens, first chunk]` each.
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Sequence {

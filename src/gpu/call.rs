@@ -4,9 +4,10 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 use delta_rule_kernels::{self as kernels, Spec, StateStridesLaunch, StridesLaunch};
 
-use super::MIN_BUFFER;
-use super::tensors::{Checked, DTypes};
-use crate::{BetaTransform, Decay, Error, GateTransform, Options, Problem, Result, StateLayout};
+use super::tensors::{Checked, DTypes, DeviceInputs, Role, checked};
+use super::{MIN_BUFFER, f32_type};
+use crate::host::check_presence;
+use crate::{BetaTransform, Decay, Error, GateTransform, Ident, Options, Problem, Result, StateLayout};
 
 /// Arguments that fit each other and their buffers.
 pub(super) struct Call<'a, R: Runtime> {
@@ -21,11 +22,49 @@ pub(super) struct Call<'a, R: Runtime> {
     pub(super) a_log: Option<Checked<R>>,
     pub(super) dt_bias: Option<Checked<R>>,
     pub(super) initial_state: Option<Checked<R>>,
+}
+
+/// Where a forward writes.
+pub(super) struct Outputs<R: Runtime> {
     pub(super) o: Checked<R>,
     pub(super) final_state: Checked<R>,
 }
 
-impl<R: Runtime> Call<'_, R> {
+impl<'a, R: Runtime> Call<'a, R> {
+    /// Checks the inputs of a call.
+    pub(super) fn new(
+        client: &ComputeClient<R>,
+        problem: &'a Problem,
+        options: &'a Options,
+        inputs: DeviceInputs<R>,
+        dtypes: DTypes,
+    ) -> Result<Self> {
+        options.validate()?;
+        let given = [inputs.g.is_some(), inputs.a_log.is_some(), inputs.dt_bias.is_some()];
+        check_presence(problem, options, given)?;
+        dtypes.validate(client)?;
+        let check = |ident: Ident, tensor, dtype| {
+            checked(client, problem, options, Role::read(ident), tensor, dtype)
+        };
+        let optional = |ident, tensor: Option<TensorBinding<R>>, dtype| {
+            tensor.map(|tensor| check(ident, tensor, dtype)).transpose()
+        };
+        let f32 = f32_type();
+        Ok(Self {
+            problem,
+            options,
+            dtypes,
+            q: check(Ident::Q, inputs.q, dtypes.data)?,
+            k: check(Ident::K, inputs.k, dtypes.data)?,
+            v: check(Ident::V, inputs.v, dtypes.data)?,
+            beta: check(Ident::Beta, inputs.beta, dtypes.beta)?,
+            g: optional(Ident::G, inputs.g, dtypes.gate)?,
+            a_log: optional(Ident::ALog, inputs.a_log, f32)?,
+            dt_bias: optional(Ident::DtBias, inputs.dt_bias, f32)?,
+            initial_state: optional(Ident::InitialState, inputs.initial_state, f32)?,
+        })
+    }
+
     /// What the kernels compute.
     pub(super) fn spec(&self) -> Spec {
         let shape = self.problem.shape();
@@ -78,11 +117,11 @@ impl<R: Runtime> Call<'_, R> {
         };
         StateStridesLaunch::new(s[0], s[1], k, v)
     }
+}
 
-    /// Where o is written; a call without tokens has nowhere to write and writes nothing.
-    pub(super) fn o_arg(&self, client: &ComputeClient<R>) -> ArrayArg<R> {
-        if self.o.elements > 0 { self.o.arg() } else { array(&client.empty(MIN_BUFFER), 1) }
-    }
+/// A tensor that is written; without elements there is nowhere to write and nothing is.
+pub(super) fn written<R: Runtime>(client: &ComputeClient<R>, t: &Checked<R>) -> ArrayArg<R> {
+    if t.elements > 0 { t.arg() } else { array(&client.empty(MIN_BUFFER), 1) }
 }
 
 /// Strides of `[B, T, H, ..]`.

@@ -2,10 +2,13 @@
 
 use cubecl::ir::StorageType;
 use cubecl::prelude::*;
+use cubecl::std::tensor::TensorHandle;
 
-use super::{DTypes, DeviceInputs, MIN_BUFFER, f32_type, forward};
+use super::{
+    DTypes, DeviceInputs, DeviceOutputGradients, MIN_BUFFER, backward, f32_type, forward,
+};
 use crate::host;
-use crate::{Error, Ident, Options, Output, Problem};
+use crate::{Error, Gradients, Ident, Options, Output, Problem};
 
 /// The type of q, k, v and o on the device; beta and g stay f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -74,38 +77,108 @@ pub fn forward_host<R: Runtime>(
     options: &Options,
     inputs: &host::Inputs<'_, f32>,
 ) -> Result<Output<f32>, HostError> {
-    inputs.validate(problem, options)?;
-    let upload = |ident: Ident, x: &[f32], dtype: HostDType| {
-        let shape = super::device_shape(problem, options, ident);
+    let on = Transfer { client, dtype, problem, options };
+    let inputs = on.inputs(inputs)?;
+    let output = forward(client, problem, options, inputs, on.dtypes())?;
+    on.wait()?;
+    Ok(Output {
+        o: on.download(output.o, Ident::O)?,
+        final_state: on.download(output.final_state, Ident::FinalState)?,
+    })
+}
+
+/// Runs [`backward`] on host tensors and waits for the result.
+///
+/// # Errors
+/// [`HostError::Refused`] as [`backward`] refuses, [`HostError::Device`] when a kernel failed.
+pub fn backward_host<R: Runtime>(
+    client: &ComputeClient<R>,
+    dtype: HostDType,
+    problem: &Problem,
+    options: &Options,
+    inputs: &host::Inputs<'_, f32>,
+    output_gradients: &host::OutputGradients<'_, f32>,
+) -> Result<Gradients<f32>, HostError> {
+    let on = Transfer { client, dtype, problem, options };
+    let device_inputs = on.inputs(inputs)?;
+    host::check_len(problem, Ident::O, "gradient of o", output_gradients.o.len())?;
+    if let Some(d) = output_gradients.final_state {
+        host::check_len(problem, Ident::FinalState, "gradient of final_state", d.len())?;
+    }
+    let upstream = DeviceOutputGradients {
+        o: on.upload(Ident::O, output_gradients.o),
+        final_state: output_gradients.final_state.map(|d| on.upload(Ident::FinalState, d)),
+    };
+    let gradients = backward(client, problem, options, device_inputs, upstream, on.dtypes())?;
+    on.wait()?;
+    let maybe = |tensor: Option<_>, ident| tensor.map(|t| on.download(t, ident)).transpose();
+    Ok(Gradients {
+        q: on.download(gradients.q, Ident::Q)?,
+        k: on.download(gradients.k, Ident::K)?,
+        v: on.download(gradients.v, Ident::V)?,
+        beta: on.download(gradients.beta, Ident::Beta)?,
+        g: maybe(gradients.g, Ident::G)?,
+        a_log: maybe(gradients.a_log, Ident::ALog)?,
+        dt_bias: maybe(gradients.dt_bias, Ident::DtBias)?,
+        initial_state: on.download(gradients.initial_state, Ident::InitialState)?,
+    })
+}
+
+/// Tensors between host and device: q, k, v and o in `dtype`, the others in f32.
+struct Transfer<'a, R: Runtime> {
+    client: &'a ComputeClient<R>,
+    dtype: HostDType,
+    problem: &'a Problem,
+    options: &'a Options,
+}
+
+impl<R: Runtime> Transfer<'_, R> {
+    fn dtypes(&self) -> DTypes {
+        DTypes::mixed(self.dtype.storage_type())
+    }
+
+    fn dtype_of(&self, ident: Ident) -> HostDType {
+        match ident {
+            Ident::Q | Ident::K | Ident::V | Ident::O => self.dtype,
+            _ => HostDType::F32,
+        }
+    }
+
+    /// Checks before anything is copied.
+    fn inputs(&self, inputs: &host::Inputs<'_, f32>) -> Result<DeviceInputs<R>, HostError> {
+        inputs.validate(self.problem, self.options)?;
+        self.dtypes().validate(self.client)?;
+        let optional = |ident, x: Option<&[f32]>| x.map(|x| self.upload(ident, x));
+        Ok(DeviceInputs {
+            q: self.upload(Ident::Q, inputs.q),
+            k: self.upload(Ident::K, inputs.k),
+            v: self.upload(Ident::V, inputs.v),
+            beta: self.upload(Ident::Beta, inputs.beta),
+            g: optional(Ident::G, inputs.g),
+            a_log: optional(Ident::ALog, inputs.a_log),
+            dt_bias: optional(Ident::DtBias, inputs.dt_bias),
+            initial_state: optional(Ident::InitialState, inputs.initial_state),
+        })
+    }
+
+    fn upload(&self, ident: Ident, x: &[f32]) -> TensorBinding<R> {
+        let dtype = self.dtype_of(ident);
+        let shape = super::device_shape(self.problem, self.options, ident);
         let mut bytes = dtype.encode(x);
         bytes.resize(bytes.len().max(MIN_BUFFER), 0);
-        let handle = client.create_from_slice(&bytes);
-        cubecl::std::tensor::TensorHandle::<R>::new_contiguous(shape, handle, dtype.storage_type()).binding()
-    };
-    let optional = |ident, x: Option<&[f32]>| x.map(|x| upload(ident, x, HostDType::F32));
-    DTypes::mixed(dtype.storage_type()).validate(client)?;
-    let inputs = DeviceInputs {
-        q: upload(Ident::Q, inputs.q, dtype),
-        k: upload(Ident::K, inputs.k, dtype),
-        v: upload(Ident::V, inputs.v, dtype),
-        beta: upload(Ident::Beta, inputs.beta, HostDType::F32),
-        g: optional(Ident::G, inputs.g),
-        a_log: optional(Ident::ALog, inputs.a_log),
-        dt_bias: optional(Ident::DtBias, inputs.dt_bias),
-        initial_state: optional(Ident::InitialState, inputs.initial_state),
-    };
-    let output = forward(client, problem, options, inputs, DTypes::mixed(dtype.storage_type()))?;
-    let fault = |e: &dyn std::fmt::Display| HostError::Device(e.to_string());
-    // WGPU reports a failed launch here and nowhere else.
-    cubecl::future::block_on(client.sync()).map_err(|e| fault(&e))?;
-    let download = |handle, ident, dtype: HostDType| {
-        let bytes = client.read_one(handle).map_err(|e| fault(&e))?;
-        let mut x = dtype.decode(&bytes);
-        x.truncate(problem.len_of(ident));
-        Ok::<_, HostError>(x)
-    };
-    Ok(Output {
-        o: download(output.o.handle, Ident::O, dtype)?,
-        final_state: download(output.final_state.handle, Ident::FinalState, HostDType::F32)?,
-    })
+        let handle = self.client.create_from_slice(&bytes);
+        TensorHandle::<R>::new_contiguous(shape, handle, dtype.storage_type()).binding()
+    }
+
+    /// WGPU reports a failed launch here and nowhere else.
+    fn wait(&self) -> Result<(), HostError> {
+        cubecl::future::block_on(self.client.sync()).map_err(|e| HostError::Device(e.to_string()))
+    }
+
+    fn download(&self, tensor: TensorHandle<R>, ident: Ident) -> Result<Vec<f32>, HostError> {
+        let bytes = self.client.read_one(tensor.handle).map_err(|e| HostError::Device(e.to_string()))?;
+        let mut x = self.dtype_of(ident).decode(&bytes);
+        x.truncate(self.problem.len_of(ident));
+        Ok(x)
+    }
 }

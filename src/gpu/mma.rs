@@ -5,7 +5,7 @@ use cubecl::ir::features::MmaConfig;
 use cubecl::prelude::*;
 use delta_rule_kernels::mma::{Blueprint, CHUNK, forward, prepare};
 
-use super::call::{Call, Table, array, cubes, strides};
+use super::call::{Call, Outputs, Table, array, cubes, strides, written};
 use super::tensors::Checked;
 use super::{MIN_BUFFER, f32_type};
 use crate::{Decay, Error, Result};
@@ -13,9 +13,13 @@ use crate::{Decay, Error, Result};
 /// The blueprint, or nothing where the portable kernels have to do: f32 data, a device without the
 /// instructions, head dimensions that are no multiples of 16, rows that cannot be read 16 bytes at a time,
 /// or another chunk size.
-pub(super) fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>) -> Option<Blueprint> {
+pub(super) fn blueprint<R: Runtime>(
+    client: &ComputeClient<R>,
+    call: &Call<R>,
+    outputs: &Outputs<R>,
+) -> Option<Blueprint> {
     let spec = call.spec();
-    let tensors = [&call.q, &call.k, &call.v, &call.o];
+    let tensors = [&call.q, &call.k, &call.v, &outputs.o];
     let applies = has_instructions(client, call.dtypes.data)
         && call.options.chunk_size.is_none_or(|c| c == CHUNK)
         && spec.key_dim.is_multiple_of(16)
@@ -89,7 +93,12 @@ fn has_instructions<R: Runtime>(client: &ComputeClient<R>, dtype: StorageType) -
 }
 
 /// Launches it.
-pub(super) fn launch<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, bp: Blueprint) -> Result<()> {
+pub(super) fn launch<R: Runtime>(
+    client: &ComputeClient<R>,
+    call: &Call<R>,
+    outputs: &Outputs<R>,
+    bp: Blueprint,
+) -> Result<()> {
     let problem = call.problem;
     let heads = problem.shape().value_heads;
     // Rows of a batch need no table; something must be bound all the same.
@@ -99,7 +108,7 @@ pub(super) fn launch<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, bp: 
     let table_handle = table.as_ref().map(|table| (table.upload(client), table.entries.len()));
     let table_arg = || match &table_handle {
         Some((handle, len)) => array(handle, *len),
-        None => call.final_state.arg(),
+        None => outputs.final_state.arg(),
     };
     // As in `portable.rs`: what has no elements is never read.
     let arg = |tensor: Option<&Checked<R>>| match tensor {
@@ -169,16 +178,16 @@ pub(super) fn launch<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, bp: 
             table_arg(),
             blocks_arg(),
             factors_arg(),
-            call.o_arg(client),
-            call.final_state.arg(),
+            written(client, &outputs.o),
+            outputs.final_state.arg(),
             strides(Some(&call.q)),
             strides(Some(&call.k)),
             strides(Some(&call.v)),
             strides(Some(&call.beta)),
             strides(call.g.as_ref()),
-            strides(Some(&call.o)),
+            strides(Some(&outputs.o)),
             call.state_strides(call.initial_state.as_ref()),
-            call.state_strides(Some(&call.final_state)),
+            call.state_strides(Some(&outputs.final_state)),
             problem.shape().tokens as u32,
             problem.sequences() as u32,
             heads as u32,

@@ -17,6 +17,7 @@
 //!
 //! The client keeps scratch for the next call until its `memory_cleanup`.
 
+mod backward;
 mod call;
 mod device;
 mod host;
@@ -24,18 +25,18 @@ mod mma;
 mod portable;
 mod tensors;
 
+pub use backward::{DeviceGradients, DeviceOutputGradients, Saved, backward, forward_saving};
 pub use device::client;
-pub use host::{HostDType, HostError, forward_host};
+pub use host::{HostDType, HostError, backward_host, forward_host};
 pub use tensors::{DTypes, DeviceInputs, DeviceOutput};
 
 use cubecl::ir::StorageType;
 use cubecl::prelude::*;
 use cubecl::std::tensor::TensorHandle;
 
-use crate::host::check_presence;
 use crate::{Ident, Options, Problem, Result, StateLayout};
-use call::Call;
-use tensors::checked;
+use call::{Call, Outputs};
+use tensors::{Role, checked};
 
 /// Computes `o` and the final state into new buffers.
 ///
@@ -48,16 +49,9 @@ pub fn forward<R: Runtime>(
     inputs: DeviceInputs<R>,
     dtypes: DTypes,
 ) -> Result<DeviceOutput<R>> {
-    let new = |ident: Ident, dtype: StorageType| {
-        let shape = device_shape(problem, options, ident);
-        let handle = client.empty((shape.iter().product::<usize>() * dtype.size()).max(MIN_BUFFER));
-        TensorHandle::<R>::new_contiguous(shape, handle, dtype)
-    };
-    // Sizes are checked before anything of them is allocated.
-    tensors::check_extent(client, problem, options, Ident::O, dtypes.data)?;
-    tensors::check_extent(client, problem, options, Ident::FinalState, f32_type())?;
+    let new = |ident, dtype| allocate(client, problem, options, ident, dtype);
     let output =
-        DeviceOutput { o: new(Ident::O, dtypes.data), final_state: new(Ident::FinalState, f32_type()) };
+        DeviceOutput { o: new(Ident::O, dtypes.data)?, final_state: new(Ident::FinalState, f32_type())? };
     let (o, final_state) = (output.o.clone().binding(), output.final_state.clone().binding());
     forward_into(client, problem, options, inputs, dtypes, o, final_state)?;
     Ok(output)
@@ -85,33 +79,31 @@ pub fn forward_into<R: Runtime>(
     o: TensorBinding<R>,
     final_state: TensorBinding<R>,
 ) -> Result<()> {
-    options.validate()?;
-    let given = [inputs.g.is_some(), inputs.a_log.is_some(), inputs.dt_bias.is_some()];
-    check_presence(problem, options, given)?;
-    dtypes.validate(client)?;
-
-    let check = |ident, tensor, dtype| checked(client, problem, options, ident, tensor, dtype);
-    let optional = |ident, tensor: Option<TensorBinding<R>>, dtype| {
-        tensor.map(|tensor| check(ident, tensor, dtype)).transpose()
+    let call = Call::new(client, problem, options, inputs, dtypes)?;
+    let check =
+        |ident, tensor, dtype| checked(client, problem, options, Role::written(ident), tensor, dtype);
+    let outputs = Outputs {
+        o: check(Ident::O, o, dtypes.data)?,
+        final_state: check(Ident::FinalState, final_state, f32_type())?,
     };
-    let f32 = f32_type();
-    let q = check(Ident::Q, inputs.q, dtypes.data)?;
-    let k = check(Ident::K, inputs.k, dtypes.data)?;
-    let v = check(Ident::V, inputs.v, dtypes.data)?;
-    let beta = check(Ident::Beta, inputs.beta, dtypes.beta)?;
-    let g = optional(Ident::G, inputs.g, dtypes.gate)?;
-    let a_log = optional(Ident::ALog, inputs.a_log, f32)?;
-    let dt_bias = optional(Ident::DtBias, inputs.dt_bias, f32)?;
-    let initial_state = optional(Ident::InitialState, inputs.initial_state, f32)?;
-    let o = check(Ident::O, o, dtypes.data)?;
-    let final_state = check(Ident::FinalState, final_state, f32)?;
-
-    let call =
-        Call { problem, options, dtypes, q, k, v, beta, g, a_log, dt_bias, initial_state, o, final_state };
-    match mma::blueprint(client, &call) {
-        Some(blueprint) => mma::launch(client, &call, blueprint),
-        None => portable::launch(client, &call),
+    match mma::blueprint(client, &call, &outputs) {
+        Some(blueprint) => mma::launch(client, &call, &outputs, blueprint),
+        None => portable::forward(client, &call, &outputs),
     }
+}
+
+/// A new contiguous tensor; its size is checked before anything of it is allocated.
+fn allocate<R: Runtime>(
+    client: &ComputeClient<R>,
+    problem: &Problem,
+    options: &Options,
+    ident: Ident,
+    dtype: StorageType,
+) -> Result<TensorHandle<R>> {
+    tensors::check_extent(client, problem, options, ident, dtype)?;
+    let shape = device_shape(problem, options, ident);
+    let handle = client.empty((shape.iter().product::<usize>() * dtype.size()).max(MIN_BUFFER));
+    Ok(TensorHandle::new_contiguous(shape, handle, dtype))
 }
 
 /// No buffer is smaller: devices do not bind empty ones.

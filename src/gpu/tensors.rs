@@ -116,16 +116,39 @@ impl<R: Runtime> Checked<R> {
     }
 }
 
+/// Which tensor it is, what its errors call it, and whether it is written.
+#[derive(Clone, Copy)]
+pub(super) struct Role {
+    ident: Ident,
+    name: &'static str,
+    written: bool,
+}
+
+impl Role {
+    pub(super) fn read(ident: Ident) -> Self {
+        Self { ident, name: ident.name(), written: false }
+    }
+
+    pub(super) fn written(ident: Ident) -> Self {
+        Self { written: true, ..Self::read(ident) }
+    }
+
+    /// The gradient of a tensor has its shape.
+    pub(super) fn gradient(ident: Ident, name: &'static str) -> Self {
+        Self { ident, name, written: false }
+    }
+}
+
 /// Checks shape, strides and size of a tensor.
 pub(super) fn checked<R: Runtime>(
     client: &ComputeClient<R>,
     problem: &Problem,
     options: &Options,
-    ident: Ident,
+    role: Role,
     binding: TensorBinding<R>,
     dtype: StorageType,
 ) -> Result<Checked<R>> {
-    let tensor = ident.name();
+    let Role { ident, name: tensor, written } = role;
     let expected = device_shape(problem, options, ident);
     let shape = binding.shape.to_vec();
     let strides = binding.strides.to_vec();
@@ -150,7 +173,6 @@ pub(super) fn checked<R: Runtime>(
         if ident == Ident::DtBias && last == 1 && shape[0] > 1 && strides[0] != shape[1] {
             return refuse("the tensor must be contiguous");
         }
-        let written = matches!(ident, Ident::O | Ident::FinalState);
         if written && overlaps(&shape, &strides) {
             return refuse("an output must not overlap itself");
         }

@@ -20,8 +20,10 @@ pub struct Blueprint {
     pub value_tile: usize,
     /// Rows of N that one unit of `scan` holds, each four columns wide: 1, 2 or 4.
     pub unit_rows: usize,
-    /// Units per row in `prepare`, each taking its share of the channels.
+    /// Units per row in `prepare` and `gradients`, each taking its share of the channels.
     pub parts: usize,
+    /// Whether the records also hold what the backward leaves in them.
+    pub backward: bool,
 }
 
 impl Blueprint {
@@ -35,12 +37,12 @@ impl Blueprint {
         self.chunk.div_ceil(self.spec.micro_steps)
     }
 
-    /// Units of a `prepare` cube.
+    /// Units of a cube of `prepare`, `gradients` and `collect`.
     pub fn prepare_units(&self) -> usize {
         self.chunk * self.parts
     }
 
-    /// Units of a `scan` cube: one for each `unit_rows` x 4 tile of N.
+    /// Units of a `scan` or `sweep` cube: one for each `unit_rows` x 4 tile of N.
     pub fn scan_units(&self) -> usize {
         self.tile_rows() * self.tile_cols()
     }
@@ -50,7 +52,7 @@ impl Blueprint {
         self.spec.value_dim.div_ceil(self.value_tile)
     }
 
-    /// Shared memory of the larger kernel, in bytes.
+    /// Shared memory of the largest kernel, in bytes.
     pub fn shared_memory(&self) -> usize {
         let f = 4;
         let slices = if self.spec.decay == Decay::Channel { 3 } else { 2 };
@@ -58,8 +60,12 @@ impl Blueprint {
             + 3 * self.chunk * (self.chunk + 1) * f
             + (4 + 2 * self.parts) * self.chunk * f;
         let state = self.padded_key_dim() * self.value_tile * f;
-        let writes = self.chunk * self.value_tile * f;
-        prepare.max(state + writes)
+        let rows = if self.backward { self.stacked() } else { self.chunk };
+        let scan = state + rows * self.value_tile * f;
+        let gradients = (3 * self.chunk + 2 * SLICE) * SLICE_LD * 4 * f
+            + 2 * self.chunk * (self.chunk + 1) * f
+            + (4 * self.chunk + SLICE) * f;
+        prepare.max(scan).max(if self.backward { gradients } else { 0 })
     }
 
     /// Bytes of scratch per chunk and value head.
@@ -69,6 +75,10 @@ impl Blueprint {
 
     pub(crate) fn slices(&self) -> usize {
         self.padded_key_dim() / SLICE
+    }
+
+    pub(crate) fn value_slices(&self) -> usize {
+        self.spec.value_dim.div_ceil(SLICE)
     }
 
     pub(crate) fn tile_rows(&self) -> usize {
@@ -89,8 +99,13 @@ impl Blueprint {
         (SLICE / self.tile_rows()).clamp(1, 4)
     }
 
-    // The record of one chunk and head, in four-vectors, blocked by depth as `tile::mma` reads it: [Kg; Qg],
-    // Kd^T, gamma, T, P.
+    /// Four-vectors per row of value channels, all tiles together.
+    pub(crate) fn row4(&self) -> usize {
+        self.value_tiles() * self.value_tile / 4
+    }
+
+    // The record of one chunk and head, in four-vectors. `prepare` writes matrices blocked by depth, as
+    // `tile::mma` reads them: [Kg; Qg], Kd^T, gamma, M, P, and beta.
 
     /// Rows of [Kg; Qg].
     pub(crate) fn stacked(&self) -> usize {
@@ -105,15 +120,55 @@ impl Blueprint {
         self.kd_at() + self.chunk * self.padded_key_dim() / 4
     }
 
-    pub(crate) fn t_at(&self) -> usize {
+    pub(crate) fn m_at(&self) -> usize {
         self.gamma_at() + self.padded_key_dim() / 4
     }
 
     pub(crate) fn p_at(&self) -> usize {
-        self.t_at() + self.chunk * self.chunk / 4
+        self.m_at() + self.chunk * self.chunk / 4
+    }
+
+    pub(crate) fn beta_at(&self) -> usize {
+        self.p_at() + self.reads() * self.chunk / 4
+    }
+
+    // What the backward adds, row-major: the factors of k and q, the state before the chunk, the gradient of the
+    // state after it, R, the gradients of v, q and k, and the chunk's share of the gate's constants.
+
+    pub(crate) fn factors_at(&self) -> usize {
+        self.beta_at() + self.chunk / 4
+    }
+
+    pub(crate) fn state_at(&self) -> usize {
+        self.factors_at() + self.chunk / 2
+    }
+
+    pub(crate) fn d_state_at(&self) -> usize {
+        self.state_at() + self.padded_key_dim() * self.row4()
+    }
+
+    pub(crate) fn r_at(&self) -> usize {
+        self.d_state_at() + self.padded_key_dim() * self.row4()
+    }
+
+    pub(crate) fn dv_at(&self) -> usize {
+        self.r_at() + self.chunk * self.row4()
+    }
+
+    pub(crate) fn dq_at(&self) -> usize {
+        self.dv_at() + self.chunk * self.row4()
+    }
+
+    pub(crate) fn dk_at(&self) -> usize {
+        self.dq_at() + self.reads() * self.padded_key_dim() / 4
+    }
+
+    /// The gradients of `a_log` and of `dt_bias`, each for one head or for every channel.
+    pub(crate) fn constants_at(&self) -> usize {
+        self.dk_at() + self.chunk * self.padded_key_dim() / 4
     }
 
     pub(crate) fn record_vectors(&self) -> usize {
-        self.p_at() + self.reads() * self.chunk / 4
+        if self.backward { self.constants_at() + self.padded_key_dim() / 2 } else { self.factors_at() }
     }
 }

@@ -1,9 +1,12 @@
 //! The kernels that every device runs: f32 arithmetic, 32 KB of shared memory, no plane operations.
 
 mod blueprint;
+pub mod collect;
+pub mod gradients;
 mod inverse;
 pub mod prepare;
 pub mod scan;
+pub mod sweep;
 mod tile;
 mod walk;
 

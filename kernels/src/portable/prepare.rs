@@ -11,15 +11,24 @@ use crate::spec::Decay;
 
 /// The chunk that a cube works on.
 #[derive(CubeType, Clone, Copy)]
-struct Chunk {
+pub(crate) struct Chunk {
     /// Row of the batch.
-    row: usize,
+    pub(crate) row: usize,
     /// First token of the sequence.
-    start: usize,
+    pub(crate) start: usize,
     /// First micro-step of the chunk, in its sequence.
-    step0: usize,
+    pub(crate) step0: usize,
     /// Micro-steps in the chunk.
-    rows: usize,
+    pub(crate) rows: usize,
+}
+
+/// Chunk `id` of the table.
+#[cube]
+pub(crate) fn chunk_of(table: &Array<u32>, id: usize, sequences: u32, #[comptime] bp: Blueprint) -> Chunk {
+    let seq = sequence(table, table[4 * sequences as usize + id] as usize);
+    let step0 = (id - seq.first_chunk) * bp.chunk;
+    let rows = usize::min(seq.tokens * bp.spec.micro_steps - step0, bp.chunk);
+    Chunk { row: seq.row, start: seq.start, step0, rows }
 }
 
 /// Fills the record of every chunk of heads `first_head..first_head + heads`.
@@ -79,10 +88,8 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
     let id = CUBE_POS / heads as usize;
     let hv = first_head as usize + CUBE_POS % heads as usize;
     let h = hv / group as usize;
-    let seq = sequence(table, table[4 * sequences as usize + id] as usize);
-    let step0 = (id - seq.first_chunk) * chunk;
-    let here =
-        Chunk { row: seq.row, start: seq.start, step0, rows: usize::min(seq.tokens * n_h - step0, chunk) };
+    let here = chunk_of(table, id, sequences, bp);
+    let step0 = here.step0;
     let record = CUBE_POS * comptime!(bp.record_vectors());
 
     let unit = UNIT_POS as usize;
@@ -92,6 +99,7 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
     let first_read = step0 / n_h;
     let valid = i < here.rows;
     let is_read = valid && (step0 + i + 1) % n_h == 0;
+    let reads_here = (step0 + here.rows) / n_h - first_read;
 
     if part == 0 {
         let mut b = 0.0f32;
@@ -196,6 +204,9 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
             if is_read {
                 scratch[rows_at + chunk + token - first_read] = end.q * F4::new(from_start);
             }
+            if comptime!(bp.backward) && i >= reads_here && i < reads {
+                scratch[rows_at + chunk + i] = F4::new(0.0f32);
+            }
             if i == 0 {
                 scratch[record + comptime!(bp.gamma_at()) + channel] = whole;
             }
@@ -227,7 +238,7 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
             walk_row(&mut aqk, i * ld, &head_decays, i);
         }
         for j in 0..chunk {
-            akk[i * ld + j] = select(j < i, betas[i] * akk[i * ld + j], 0.0f32);
+            akk[i * ld + j] = select(j < i, akk[i * ld + j] * betas[j], 0.0f32);
             aqk[i * ld + j] = select(j <= i, aqk[i * ld + j], 0.0f32);
         }
     }
@@ -241,21 +252,32 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
         let mut b = F4::new(0.0f32);
         #[unroll]
         for e in 0..4usize {
-            a[e] = t[row * ld + 4 * block + e] * betas[4 * block + e];
+            a[e] = t[row * ld + 4 * block + e];
             b[e] = aqk[row * ld + 4 * block + e];
         }
-        scratch[record + comptime!(bp.t_at()) + x] = a;
+        scratch[record + comptime!(bp.m_at()) + x] = a;
         if row < here.rows && (step0 + row + 1) % n_h == 0 {
             let read = (step0 + row) / n_h - first_read;
             scratch[record + comptime!(bp.p_at()) + block * reads + read] = b;
         }
+        if comptime!(bp.backward) && row >= reads_here && row < reads {
+            scratch[record + comptime!(bp.p_at()) + block * reads + row] = F4::new(0.0f32);
+        }
         x += units;
+    }
+    if part == 0 {
+        scratch_scalars[4 * (record + comptime!(bp.beta_at())) + i] = betas[i];
+        if comptime!(bp.backward) {
+            let at = 4 * (record + comptime!(bp.factors_at())) + i;
+            scratch_scalars[at] = k_rstd[i];
+            scratch_scalars[at + chunk] = q_rstd[i];
+        }
     }
 }
 
 /// Slice `s` of the chunk's keys and, in the rows where a token ends, of its queries.
 #[cube]
-fn load_qk<F: Float, N: Size>(
+pub(crate) fn load_qk<F: Float, N: Size>(
     q: &Array<Vector<F, N>>,
     k: &Array<Vector<F, N>>,
     queries: &mut SharedMemory<F4>,
@@ -290,7 +312,7 @@ fn load_qk<F: Float, N: Size>(
 
 /// Slice `s` of the chunk's decays: $e^g$ where a token begins, 1 elsewhere.
 #[cube]
-fn load_decays<G: Float>(
+pub(crate) fn load_decays<G: Float>(
     g: &Array<G>,
     a_log: &Array<f32>,
     dt_bias: &Array<f32>,

@@ -1,4 +1,4 @@
-//! The one product that `scan` is made of.
+//! The product that `scan` is made of, and its transpose for the way back.
 //!
 //! The left matrix lies in a record, blocked by depth: the vector `d * height + row` holds columns
 //! `4 * d..4 * d + 4` of that row, so that the units of a plane, which take neighbouring rows, read
@@ -58,6 +58,58 @@ pub(crate) fn mma(
                 s = fma(F4::new(y[3]), x3, s);
                 acc[first + r] = s;
             }
+        }
+    }
+}
+
+/// The same with the left matrix transposed: `acc[e] += A[.., 4 * block + e]^T B[b_row0.., 4 * col..4 * col + 4]`,
+/// a sum over `depth` rows. A vector of the record now holds four rows at one depth, so a unit owns four rows that
+/// lie next to each other.
+#[cube]
+pub(crate) fn mma_transposed(
+    acc: &mut Array<F4>,
+    a: &Array<F4>,
+    a_at: usize,
+    block: usize,
+    b: &SharedMemory<F4>,
+    b_row0: usize,
+    col: usize,
+    #[comptime] height: usize,
+    #[comptime] depth: usize,
+    #[comptime] ldb: usize,
+) {
+    let whole = comptime!(depth / AHEAD);
+    for round in 0..whole {
+        transposed_round(acc, a, a_at + block * height, b, b_row0 * ldb + col, round, AHEAD, ldb);
+    }
+    if comptime!(depth % AHEAD > 0) {
+        let rest = comptime!(depth % AHEAD);
+        transposed_round(acc, a, a_at + block * height, b, b_row0 * ldb + col, whole, rest, ldb);
+    }
+}
+
+#[cube]
+fn transposed_round(
+    acc: &mut Array<F4>,
+    a: &Array<F4>,
+    a_at: usize,
+    b: &SharedMemory<F4>,
+    b_at: usize,
+    round: usize,
+    #[comptime] count: usize,
+    #[comptime] ldb: usize,
+) {
+    let mut left = Array::<F4>::new(count);
+    #[unroll]
+    for i in 0..count {
+        left[i] = a[a_at + round * AHEAD + i];
+    }
+    #[unroll]
+    for i in 0..count {
+        let x = b[b_at + (round * AHEAD + i) * ldb];
+        #[unroll]
+        for e in 0..4usize {
+            acc[e] = fma(F4::new(left[i][e]), x, acc[e]);
         }
     }
 }

@@ -18,7 +18,7 @@ pub(crate) struct Walked {
 }
 
 #[cube]
-fn dot(a: F4, b: F4, acc: f32) -> f32 {
+pub(crate) fn dot(a: F4, b: F4, acc: f32) -> f32 {
     fma(a[3], b[3], fma(a[2], b[2], fma(a[1], b[1], fma(a[0], b[0], acc))))
 }
 

@@ -1,40 +1,12 @@
-//! The kernels on real devices: WGPU (lavapipe in CI), and CUDA where there is one.
-
-#![cfg(feature = "gpu")]
-
-mod sample;
+//! `o` and the final state, and what is refused.
 
 use delta_rule::cubecl::prelude::*;
 use delta_rule::cubecl::std::tensor::TensorHandle;
-use delta_rule::gpu::{DTypes, DeviceInputs, HostDType, client, forward, forward_host, forward_into};
+use delta_rule::gpu::{DTypes, DeviceInputs, HostDType, forward, forward_host, forward_into};
 use delta_rule::{BetaTransform, Decay, Error, GateTransform, Ident, Options, Problem, Rule, StateLayout};
-use sample::{MILD, NEGATIVE, RULES, Sample, Style, assert_close, relative_error, shape};
 
-/// Runs `$body` on each backend of this build; skips in the open where a device is missing, fails in CI
-/// unless the backend is CUDA, which CI does not have.
-macro_rules! on_every_device {
-    ($client:ident, $body:block) => {
-        #[cfg(feature = "wgpu")]
-        if let Some($client) = open::<delta_rule::cubecl::wgpu::WgpuRuntime>("wgpu", true) $body
-        #[cfg(feature = "cuda")]
-        if let Some($client) = open::<delta_rule::cubecl::cuda::CudaRuntime>("cuda", false) $body
-    };
-}
-
-fn open<R: Runtime>(name: &str, in_ci: bool) -> Option<ComputeClient<R>> {
-    if std::env::var("DELTA_RULE_DEVICE").is_ok_and(|only| only != name) {
-        eprintln!("SKIPPED on {name}: DELTA_RULE_DEVICE names another");
-        return None;
-    }
-    match client::<R>(&Default::default()) {
-        Ok(client) => Some(client),
-        Err(e) => {
-            assert!(!in_ci || std::env::var_os("CI").is_none(), "CI needs a {name} device: {e}");
-            eprintln!("SKIPPED on {name}: {e}");
-            None
-        }
-    }
-}
+use crate::devices::on_every_device;
+use crate::sample::{MILD, NEGATIVE, RULES, Sample, Style, assert_close, relative_error, shape};
 
 fn check<R: Runtime>(
     client: &ComputeClient<R>,
