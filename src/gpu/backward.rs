@@ -112,9 +112,8 @@ pub fn backward<R: Runtime>(
         final_state: output_gradients.final_state.map(|t| read(d_state, t, f32_type())).transpose()?,
     };
     let new = |ident, dtype| allocate(client, problem, options, ident, dtype);
-    let given = |input: &Option<Checked<R>>, ident, dtype| {
-        input.as_ref().map(|_| new(ident, dtype)).transpose()
-    };
+    let given =
+        |input: &Option<Checked<R>>, ident, dtype| input.as_ref().map(|_| new(ident, dtype)).transpose();
     let f32 = f32_type();
     let gradients = DeviceGradients {
         q: new(Ident::Q, dtypes.data)?,

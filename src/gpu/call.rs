@@ -43,9 +43,8 @@ impl<'a, R: Runtime> Call<'a, R> {
         let given = [inputs.g.is_some(), inputs.a_log.is_some(), inputs.dt_bias.is_some()];
         check_presence(problem, options, given)?;
         dtypes.validate(client)?;
-        let check = |ident: Ident, tensor, dtype| {
-            checked(client, problem, options, Role::read(ident), tensor, dtype)
-        };
+        let check =
+            |ident: Ident, tensor, dtype| checked(client, problem, options, Role::read(ident), tensor, dtype);
         let optional = |ident, tensor: Option<TensorBinding<R>>, dtype| {
             tensor.map(|tensor| check(ident, tensor, dtype)).transpose()
         };

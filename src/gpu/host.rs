@@ -4,9 +4,7 @@ use cubecl::ir::StorageType;
 use cubecl::prelude::*;
 use cubecl::std::tensor::TensorHandle;
 
-use super::{
-    DTypes, DeviceInputs, DeviceOutputGradients, MIN_BUFFER, backward, f32_type, forward,
-};
+use super::{DTypes, DeviceInputs, DeviceOutputGradients, MIN_BUFFER, backward, f32_type, forward};
 use crate::host;
 use crate::{Error, Gradients, Ident, Options, Output, Problem};
 

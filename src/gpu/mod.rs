@@ -80,8 +80,7 @@ pub fn forward_into<R: Runtime>(
     final_state: TensorBinding<R>,
 ) -> Result<()> {
     let call = Call::new(client, problem, options, inputs, dtypes)?;
-    let check =
-        |ident, tensor, dtype| checked(client, problem, options, Role::written(ident), tensor, dtype);
+    let check = |ident, tensor, dtype| checked(client, problem, options, Role::written(ident), tensor, dtype);
     let outputs = Outputs {
         o: check(Ident::O, o, dtypes.data)?,
         final_state: check(Ident::FinalState, final_state, f32_type())?,

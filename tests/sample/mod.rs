@@ -129,18 +129,24 @@ impl Sample {
     /// Rounds q, k and v to the type that the device gets them in.
     #[cfg(feature = "gpu")]
     pub(crate) fn round(&mut self, dtype: delta_rule::gpu::HostDType) {
-        use delta_rule::gpu::HostDType;
-        for x in [&mut self.q, &mut self.k, &mut self.v].into_iter().flatten() {
-            *x = match dtype {
-                HostDType::F32 => *x,
-                HostDType::F16 => half::f16::from_f64(*x).to_f64(),
-                HostDType::Bf16 => half::bf16::from_f64(*x).to_f64(),
-            };
-        }
+        [&mut self.q, &mut self.k, &mut self.v].into_iter().for_each(|x| round(x, dtype));
     }
 
     pub(crate) fn truth(&self, options: &Options) -> Output<f64> {
         reference::forward(&self.problem, options, &self.inputs()).expect("a valid sample")
+    }
+}
+
+/// Rounds to the type of the device.
+#[cfg(feature = "gpu")]
+pub(crate) fn round(x: &mut [f64], dtype: delta_rule::gpu::HostDType) {
+    use delta_rule::gpu::HostDType;
+    for x in x {
+        *x = match dtype {
+            HostDType::F32 => *x,
+            HostDType::F16 => half::f16::from_f64(*x).to_f64(),
+            HostDType::Bf16 => half::bf16::from_f64(*x).to_f64(),
+        };
     }
 }
 

@@ -119,13 +119,7 @@ fn collect_row<F: Float, N: Size>(
 
 /// Four channels of a gradient, over the value heads of a group.
 #[cube]
-fn over_group(
-    scratch: &Array<F4>,
-    at: usize,
-    valid: bool,
-    group: u32,
-    #[comptime] bp: Blueprint,
-) -> F4 {
+fn over_group(scratch: &Array<F4>, at: usize, valid: bool, group: u32, #[comptime] bp: Blueprint) -> F4 {
     let mut sum = F4::new(0.0f32);
     if valid {
         for member in 0..group as usize {

@@ -149,9 +149,7 @@ pub fn gradients<F: Float, B: Float, G: Float, N: Size>(
             d_o, scratch, &mut rows, &mut s, &mut ds, &mut whole, &mut u, &mut e, &mut w, d_o_at, here, hv,
             record, slice, i, part, bp,
         );
-        load_qk(
-            q, k, &mut rows.b, &mut rows.a, q_at, k_at, here, h, slice, &q_factor, &k_factor, bp,
-        );
+        load_qk(q, k, &mut rows.b, &mut rows.a, q_at, k_at, here, h, slice, &q_factor, &k_factor, bp);
         if comptime!(per_channel) {
             load_decays(g, a_log, dt_bias, &mut rows.c, g_at, here, hv, slice, lower_bound, bp);
         }
@@ -298,8 +296,7 @@ pub fn gradients<F: Float, B: Float, G: Float, N: Size>(
     if part == 0 && valid {
         let step = here.start * n_h + step0 + i;
         let z = f32::cast_from(beta[beta_at.at(here.row, step, hv)]);
-        d_beta[d_beta_at.at(here.row, step, hv)] =
-            B::cast_from(d_beta_row * beta_slope(z, bp.spec.beta));
+        d_beta[d_beta_at.at(here.row, step, hv)] = B::cast_from(d_beta_row * beta_slope(z, bp.spec.beta));
     }
     if comptime!(decay == Decay::Head) {
         let later = over_parts(&mut x, later, i, part, bp);
