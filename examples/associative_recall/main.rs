@@ -3,6 +3,8 @@
 
 #[path = "../common/args.rs"]
 mod args;
+#[path = "../common/claims.rs"]
+mod claims;
 #[path = "../common/compare.rs"]
 mod compare;
 #[path = "../common/device.rs"]
@@ -11,6 +13,7 @@ mod device;
 mod engine;
 mod recall;
 mod report;
+#[path = "../common/rng.rs"]
 mod rng;
 mod settings;
 mod show;
@@ -35,6 +38,6 @@ fn run() -> Result<bool> {
         return Ok(true);
     };
     let claims = show::show(&settings)?;
-    terminal::print(&format!("\nChecked in this run:\n{}", report::verdict(&claims)))?;
+    terminal::print(&format!("\nChecked in this run:\n{}", claims::verdict(&claims)))?;
     Ok(claims.iter().all(|claim| claim.held))
 }

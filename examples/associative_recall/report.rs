@@ -1,4 +1,4 @@
-//! Bars, percentages and claims.
+//! Bars and percentages.
 
 /// A percentage with a bar of four cells.
 pub(crate) fn cell(fraction: f64) -> String {
@@ -18,16 +18,4 @@ pub(crate) fn row(name: &str, cells: &[f64]) -> String {
 pub(crate) fn heading(title: &str, loads: &[f64]) -> String {
     let loads: String = loads.iter().map(|load| format!(" {load:>9}")).collect();
     format!("\n{title}\n  {:<24}{}\n", "pairs per key dimension", loads.split_at(1).1)
-}
-
-/// A statement that was measured.
-pub(crate) struct Claim {
-    pub(crate) text: String,
-    pub(crate) held: bool,
-}
-
-/// Ticks and crosses.
-pub(crate) fn verdict(claims: &[Claim]) -> String {
-    let line = |claim: &Claim| format!("  {} {}\n", if claim.held { "✓" } else { "✗" }, claim.text);
-    claims.iter().map(line).collect()
 }

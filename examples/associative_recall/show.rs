@@ -3,10 +3,11 @@
 use delta_rule::Rule;
 
 use crate::args::Result;
+use crate::claims::Claim;
 use crate::compare::relative_error;
 use crate::engine::Engine;
 use crate::recall::{Schedule, Task, VALUE_DIM};
-use crate::report::{Claim, heading, row};
+use crate::report::{heading, row};
 use crate::rng::Rng;
 use crate::settings::Settings;
 use crate::swaps::{self, Swaps};

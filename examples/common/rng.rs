@@ -1,4 +1,4 @@
-//! SplitMix64: the same trials for the same seed everywhere.
+//! SplitMix64: the same numbers for the same seed everywhere.
 
 pub(crate) struct Rng(u64);
 
@@ -25,7 +25,8 @@ impl Rng {
         ((self.next() >> 11) + 1) as f64 / (1u64 << 53) as f64
     }
 
-    fn normal(&mut self) -> f64 {
+    /// Standard normal.
+    pub(crate) fn normal(&mut self) -> f64 {
         (-2.0 * self.uniform().ln()).sqrt() * (std::f64::consts::TAU * self.uniform()).cos()
     }
 
