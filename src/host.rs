@@ -79,7 +79,7 @@ pub(crate) fn check_presence(problem: &Problem, options: &Options, given: [bool;
 }
 
 /// Checks the length of one host tensor.
-pub(crate) fn check_len(problem: &Problem, ident: Ident, tensor: &'static str, got: usize) -> Result<()> {
+fn check_len(problem: &Problem, ident: Ident, tensor: &'static str, got: usize) -> Result<()> {
     let expected = problem.len_of(ident);
     if got == expected {
         return Ok(());
@@ -103,6 +103,17 @@ pub struct OutputGradients<'a, T> {
     pub o: &'a [T],
     /// Gradient of the final state, in its layout; absent means 0.
     pub final_state: Option<&'a [T]>,
+}
+
+impl<T> OutputGradients<'_, T> {
+    /// Checks both against the problem.
+    pub(crate) fn validate(&self, problem: &Problem) -> Result<()> {
+        check_len(problem, Ident::O, "gradient of o", self.o.len())?;
+        match self.final_state {
+            Some(d) => check_len(problem, Ident::FinalState, "gradient of final_state", d.len()),
+            None => Ok(()),
+        }
+    }
 }
 
 /// The gradients of a call's inputs, each in the shape of its input.

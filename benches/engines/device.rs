@@ -5,13 +5,13 @@ use std::time::Instant;
 use delta_rule::cubecl::future::block_on;
 use delta_rule::cubecl::prelude::*;
 use delta_rule::cubecl::std::tensor::TensorHandle;
-use delta_rule::gpu::{DTypes, DeviceInputs, client, forward, forward_into};
+use delta_rule::gpu::{DTypes, DeviceInputs, DeviceOutputGradients, backward, client, forward, forward_into};
 use delta_rule::{Ident, Options};
 
-use super::{Data, Engine};
+use super::{Data, Engine, Pass};
 
 /// `None`, said aloud, where there is no such device or it refuses the problem.
-pub(crate) fn engine<'a, R: Runtime>(name: &'static str, data: &'a Data) -> Option<Engine<'a>> {
+pub(crate) fn engine<'a, R: Runtime>(name: &'static str, data: &'a Data, pass: Pass) -> Option<Engine<'a>> {
     let skip = |e: delta_rule::Error| eprintln!("SKIPPED {name}: {e}");
     let client = client::<R>(&Default::default()).map_err(skip).ok()?;
     let problem = &data.problem;
@@ -34,13 +34,21 @@ pub(crate) fn engine<'a, R: Runtime>(name: &'static str, data: &'a Data) -> Opti
     };
     let options = Options::new();
     let out = forward(&client, problem, &options, inputs(), DTypes::all(f32)).map_err(skip).ok()?;
+    let d_o = upload(Ident::O, &data.d_o);
     let run = move |n| {
         block_on(client.sync()).expect("the device works");
         let start = Instant::now();
         for _ in 0..n {
-            let (o, state) = (out.o.clone().binding(), out.final_state.clone().binding());
-            forward_into(&client, problem, &options, inputs(), DTypes::all(f32), o, state)
-                .expect("a valid call");
+            if pass.goes_forward() {
+                let (o, state) = (out.o.clone().binding(), out.final_state.clone().binding());
+                forward_into(&client, problem, &options, inputs(), DTypes::all(f32), o, state)
+                    .expect("a valid call");
+            }
+            if pass.goes_back() {
+                let upstream = DeviceOutputGradients { o: d_o.clone().binding(), final_state: None };
+                backward(&client, problem, &options, inputs(), upstream, DTypes::all(f32))
+                    .expect("a valid call");
+            }
         }
         block_on(client.sync()).expect("the device works");
         start.elapsed()

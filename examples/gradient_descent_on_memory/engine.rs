@@ -47,8 +47,7 @@ impl Engine {
     ) -> Result<Gradients<f32>> {
         match self {
             Self::Reference => Ok(reference::backward(problem, options, inputs, output_gradients)?),
-            // TODO(merge): chunk::backward, once it exists.
-            Self::Chunk => Ok(reference::backward(problem, options, inputs, output_gradients)?),
+            Self::Chunk => Ok(chunk::backward(problem, options, inputs, output_gradients)?),
         }
     }
 }

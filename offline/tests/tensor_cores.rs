@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{RULES, bf16_type, compile_all, f16_type, generate};
+use common::{RULES, Way, bf16_type, compile_all, f16_type, generate};
 use delta_rule::{BetaTransform, GateTransform, Options, Rule};
 
 #[test]
@@ -11,7 +11,7 @@ fn tensor_core_kernels_compile_without_spills() {
     let fused = Options::new().with_qk_l2norm(true).with_beta(BetaTransform::TwoSigmoid);
     let mut calls = 0;
     let mut call = |rule, heads, dims, dtype, options: &Options| {
-        generate(rule, heads, dims, dtype, options);
+        generate(Way::Forward, rule, heads, dims, dtype, options);
         calls += 1;
     };
     for rule in RULES {

@@ -21,6 +21,11 @@ impl<'a, T> View<'a, T> {
         Self { data, rows, cols, row_stride, col_stride: 1 }
     }
 
+    /// Row `i` of a view that is not transposed.
+    pub(super) fn row(self, i: usize) -> &'a [T] {
+        &self.data[i * self.row_stride..][..self.cols]
+    }
+
     /// The transpose.
     pub(super) fn t(self) -> Self {
         Self {

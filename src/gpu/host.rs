@@ -99,10 +99,7 @@ pub fn backward_host<R: Runtime>(
 ) -> Result<Gradients<f32>, HostError> {
     let on = Transfer { client, dtype, problem, options };
     let device_inputs = on.inputs(inputs)?;
-    host::check_len(problem, Ident::O, "gradient of o", output_gradients.o.len())?;
-    if let Some(d) = output_gradients.final_state {
-        host::check_len(problem, Ident::FinalState, "gradient of final_state", d.len())?;
-    }
+    output_gradients.validate(problem)?;
     let upstream = DeviceOutputGradients {
         o: on.upload(Ident::O, output_gradients.o),
         final_state: output_gradients.final_state.map(|d| on.upload(Ident::FinalState, d)),

@@ -1,7 +1,6 @@
 //! The loop backward: the adjoint of every line of the recurrence, last line first.
 
 use super::step::{Lane, axpy, dot};
-use crate::host::check_len;
 use crate::transform::Effective;
 use crate::{Decay, Gradients, Ident, Inputs, Options, OutputGradients, Problem, Real, Result};
 
@@ -26,10 +25,7 @@ pub fn backward<T: Real>(
     output_gradients: &OutputGradients<'_, T>,
 ) -> Result<Gradients<T>> {
     inputs.validate(problem, options)?;
-    check_len(problem, Ident::O, "gradient of o", output_gradients.o.len())?;
-    if let Some(d) = output_gradients.final_state {
-        check_len(problem, Ident::FinalState, "gradient of final_state", d.len())?;
-    }
+    output_gradients.validate(problem)?;
     let tensors = Effective::new(problem, options, inputs);
     let zeros = |ident| vec![T::zero(); problem.len_of(ident)];
     let decays = problem.rule().decay != Decay::None;

@@ -5,44 +5,12 @@ use delta_rule::cubecl::std::tensor::TensorHandle;
 use delta_rule::gpu::{
     DTypes, DeviceInputs, DeviceOutputGradients, HostDType, backward, backward_host, forward_saving,
 };
-use delta_rule::{
-    BetaTransform, Error, GateTransform, Gradients, Ident, Options, OutputGradients, Problem, Rule,
-    StateLayout, reference,
-};
+use delta_rule::{BetaTransform, Error, GateTransform, Ident, Options, Problem, Rule, StateLayout};
 
 use crate::devices::on_every_device;
-use crate::sample::{MILD, NEGATIVE, RULES, Rng, Sample, Style, relative_error, round, shape};
-
-/// Random gradients of o and of the final state, rounded to f32.
-fn upstream(problem: &Problem, seed: u64) -> (Vec<f64>, Vec<f64>) {
-    let mut rng = Rng::new(seed);
-    let mut random =
-        |ident| -> Vec<f64> { (0..problem.len_of(ident)).map(|_| rng.signed() as f32 as f64).collect() };
-    (random(Ident::O), random(Ident::FinalState))
-}
-
-fn narrow(x: &[f64]) -> Vec<f32> {
-    x.iter().map(|&x| x as f32).collect()
-}
-
-fn errors(got: &Gradients<f32>, want: &Gradients<f64>) -> Vec<(&'static str, f64)> {
-    let mut errors = vec![
-        ("q", relative_error(&got.q, &want.q)),
-        ("k", relative_error(&got.k, &want.k)),
-        ("v", relative_error(&got.v, &want.v)),
-        ("beta", relative_error(&got.beta, &want.beta)),
-        ("initial_state", relative_error(&got.initial_state, &want.initial_state)),
-    ];
-    for (name, got, want) in
-        [("g", &got.g, &want.g), ("a_log", &got.a_log, &want.a_log), ("dt_bias", &got.dt_bias, &want.dt_bias)]
-    {
-        assert_eq!(got.is_some(), want.is_some(), "{name} is there or not");
-        if let (Some(got), Some(want)) = (got, want) {
-            errors.push((name, relative_error(got, want)));
-        }
-    }
-    errors
-}
+use crate::sample::{
+    MILD, NEGATIVE, RULES, Sample, Style, Upstream, assert_gradients_close, relative_error, round, shape,
+};
 
 fn check<R: Runtime>(
     client: &ComputeClient<R>,
@@ -63,20 +31,14 @@ fn check_in<R: Runtime>(
     options: &Options,
     tolerance: f64,
 ) {
-    let problem = &sample.problem;
-    let (mut d_o, d_state) = upstream(problem, 77);
-    round(&mut d_o, dtype);
-    let gradients = OutputGradients { o: &d_o, final_state: Some(&d_state) };
-    let want = reference::backward(problem, options, &sample.inputs(), &gradients).unwrap();
-    let (d_o, d_state) = (narrow(&d_o), narrow(&d_state));
-    let gradients = OutputGradients { o: &d_o, final_state: Some(&d_state) };
-    let got = sample.with_f32(|x| backward_host(client, dtype, problem, options, x, &gradients)).unwrap();
-    for (name, error) in errors(&got, &want) {
-        assert!(
-            error <= tolerance,
-            "{what}: the gradient of {name} is off by {error:.2e}, allowed {tolerance:.0e}"
-        );
-    }
+    let mut upstream = Upstream::new(&sample.problem, 77);
+    round(&mut upstream.o, dtype);
+    let want = sample.gradients(options, &upstream);
+    let upstream = upstream.to_f32();
+    let got = sample
+        .with_f32(|x| backward_host(client, dtype, &sample.problem, options, x, &upstream.view()))
+        .unwrap();
+    assert_gradients_close(what, &got, &want, tolerance);
 }
 
 #[test]
@@ -227,13 +189,12 @@ fn twenty_runs_give_the_same_bits() {
     on_every_device!(client, {
         let problem = Problem::new(Rule::kda(), shape(1, 40, [1, 2], [32, 16])).unwrap();
         let sample = Sample::new(problem, NEGATIVE, 9);
-        let (d_o, _) = upstream(&sample.problem, 1);
-        let d_o = narrow(&d_o);
-        let gradients = OutputGradients { o: &d_o, final_state: None };
+        let upstream = Upstream { final_state: None, ..Upstream::new(&sample.problem, 1).to_f32() };
         let options = Options::new().with_chunk_size(16);
         let run = || {
             sample.with_f32(|x| {
-                backward_host(&client, HostDType::F32, &sample.problem, &options, x, &gradients).unwrap()
+                backward_host(&client, HostDType::F32, &sample.problem, &options, x, &upstream.view())
+                    .unwrap()
             })
         };
         let first = run();
@@ -249,9 +210,8 @@ fn a_broadcast_gradient_and_a_saved_call() {
     on_every_device!(client, {
         let problem = Problem::new(Rule::deltanet(), shape(1, 40, [1, 2], [32, 16])).unwrap();
         let sample = Sample::new(problem.clone(), Style { state: false, ..MILD }, 13);
-        let ones = vec![1.0; problem.len_of(Ident::O)];
-        let gradients = OutputGradients { o: &ones, final_state: None };
-        let want = reference::backward(&problem, &Options::new(), &sample.inputs(), &gradients).unwrap();
+        let ones = Upstream { o: vec![1.0; problem.len_of(Ident::O)], final_state: None };
+        let want = sample.gradients(&Options::new(), &ones);
         let f32 = f32::as_type_native_unchecked().storage_type();
         let put = |dims: Vec<usize>, x: &[f32]| {
             TensorHandle::<_>::new_contiguous(dims, client.create_from_slice(f32::as_bytes(x)), f32).binding()

@@ -2,7 +2,9 @@
 
 #![allow(dead_code, reason = "each test binary uses a part")]
 
-use delta_rule::{Decay, Ident, Inputs, Options, Output, Problem, Real, Rule, Shape, reference};
+use delta_rule::{
+    Decay, Gradients, Ident, Inputs, Options, Output, OutputGradients, Problem, Real, Rule, Shape, reference,
+};
 
 /// A small generator: the tests must not depend on a library's stream.
 pub(crate) struct Rng(u64);
@@ -132,8 +134,41 @@ impl Sample {
         [&mut self.q, &mut self.k, &mut self.v].into_iter().for_each(|x| round(x, dtype));
     }
 
+    /// The reference's gradients.
+    pub(crate) fn gradients(&self, options: &Options, upstream: &Upstream<f64>) -> Gradients<f64> {
+        reference::backward(&self.problem, options, &self.inputs(), &upstream.view()).expect("a valid sample")
+    }
+
     pub(crate) fn truth(&self, options: &Options) -> Output<f64> {
         reference::forward(&self.problem, options, &self.inputs()).expect("a valid sample")
+    }
+}
+
+/// What flows into a backward.
+#[derive(Clone, Debug)]
+pub(crate) struct Upstream<T> {
+    pub(crate) o: Vec<T>,
+    pub(crate) final_state: Option<Vec<T>>,
+}
+
+impl Upstream<f64> {
+    /// Random, rounded to f32.
+    pub(crate) fn new(problem: &Problem, seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let mut random =
+            |ident| -> Vec<f64> { (0..problem.len_of(ident)).map(|_| rng.signed() as f32 as f64).collect() };
+        Self { o: random(Ident::O), final_state: Some(random(Ident::FinalState)) }
+    }
+
+    pub(crate) fn to_f32(&self) -> Upstream<f32> {
+        let narrow = |x: &Vec<f64>| x.iter().map(|&x| x as f32).collect();
+        Upstream { o: narrow(&self.o), final_state: self.final_state.as_ref().map(narrow) }
+    }
+}
+
+impl<T> Upstream<T> {
+    pub(crate) fn view(&self) -> OutputGradients<'_, T> {
+        OutputGradients { o: &self.o, final_state: self.final_state.as_deref() }
     }
 }
 
@@ -176,5 +211,30 @@ pub(crate) fn assert_close<T: Real>(what: &str, got: &Output<T>, want: &Output<f
     for (name, got, want) in [("o", &got.o, &want.o), ("final_state", &got.final_state, &want.final_state)] {
         let error = relative_error(got, want);
         assert!(error <= tolerance, "{what}: {name} is off by {error:.2e}, allowed {tolerance:.0e}");
+    }
+}
+
+/// Holds every gradient against the truth.
+pub(crate) fn assert_gradients_close<T: Real>(
+    what: &str,
+    got: &Gradients<T>,
+    want: &Gradients<f64>,
+    tolerance: f64,
+) {
+    let some = |x: &Option<Vec<T>>| x.clone().unwrap_or_default();
+    let truth = |x: &Option<Vec<f64>>| x.clone().unwrap_or_default();
+    for (name, got, want) in [
+        ("q", &got.q, &want.q),
+        ("k", &got.k, &want.k),
+        ("v", &got.v, &want.v),
+        ("beta", &got.beta, &want.beta),
+        ("g", &some(&got.g), &truth(&want.g)),
+        ("a_log", &some(&got.a_log), &truth(&want.a_log)),
+        ("dt_bias", &some(&got.dt_bias), &truth(&want.dt_bias)),
+        ("initial_state", &got.initial_state, &want.initial_state),
+    ] {
+        let error = relative_error(got, want);
+        let off = format!("the gradient of {name} is off by {error:.2e}");
+        assert!(error <= tolerance, "{what}: {off}, allowed {tolerance:.0e}");
     }
 }

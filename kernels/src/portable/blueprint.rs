@@ -94,6 +94,16 @@ impl Blueprint {
         self.reads().div_ceil(self.tile_rows())
     }
 
+    /// Rounds that `mma` loads together: fewer where two scans share the registers.
+    pub(crate) fn ahead(&self) -> usize {
+        if self.backward { 2 } else { 4 }
+    }
+
+    /// The same for `mma_transposed`.
+    pub(crate) fn ahead_transposed(&self) -> usize {
+        64 / self.chunk
+    }
+
     /// Rows of the state that one unit updates at a time: as many as fit its registers and divide K.
     pub(crate) fn state_rows(&self) -> usize {
         (SLICE / self.tile_rows()).clamp(1, 4)
@@ -105,7 +115,8 @@ impl Blueprint {
     }
 
     // The record of one chunk and head, in four-vectors. `prepare` writes matrices blocked by depth, as
-    // `tile::mma` reads them: [Kg; Qg], Kd^T, gamma, M, P, and beta.
+    // `tile::mma` reads them: [Kg; Qg], Kd^T, gamma, T and P. With M = (I + stril(K K^T . Gamma) diag(beta))^-1, T is
+    // diag(beta) M; the backward takes M itself in its place, so that nothing needs to be divided by beta.
 
     /// Rows of [Kg; Qg].
     pub(crate) fn stacked(&self) -> usize {
@@ -120,27 +131,23 @@ impl Blueprint {
         self.kd_at() + self.chunk * self.padded_key_dim() / 4
     }
 
-    pub(crate) fn m_at(&self) -> usize {
+    pub(crate) fn t_at(&self) -> usize {
         self.gamma_at() + self.padded_key_dim() / 4
     }
 
     pub(crate) fn p_at(&self) -> usize {
-        self.m_at() + self.chunk * self.chunk / 4
+        self.t_at() + self.chunk * self.chunk / 4
     }
 
-    pub(crate) fn beta_at(&self) -> usize {
+    // What the backward adds, row-major: beta and the factors of k and q, the state before the chunk, the gradient
+    // of the state after it, R, the gradients of v, q and k, and the chunk's share of the gate's constants.
+
+    pub(crate) fn factors_at(&self) -> usize {
         self.p_at() + self.reads() * self.chunk / 4
     }
 
-    // What the backward adds, row-major: the factors of k and q, the state before the chunk, the gradient of the
-    // state after it, R, the gradients of v, q and k, and the chunk's share of the gate's constants.
-
-    pub(crate) fn factors_at(&self) -> usize {
-        self.beta_at() + self.chunk / 4
-    }
-
     pub(crate) fn state_at(&self) -> usize {
-        self.factors_at() + self.chunk / 2
+        self.factors_at() + 3 * self.chunk / 4
     }
 
     pub(crate) fn d_state_at(&self) -> usize {

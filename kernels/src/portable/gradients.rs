@@ -103,10 +103,10 @@ pub fn gradients<F: Float, B: Float, G: Float, N: Size>(
     let next = i + n_h - (step0 + i) % n_h;
 
     if part == 0 {
-        betas[i] = scratch_scalars[4 * (record + comptime!(bp.beta_at())) + i];
         let at = 4 * (record + comptime!(bp.factors_at())) + i;
-        k_factor[i] = scratch_scalars[at];
-        q_factor[i] = scratch_scalars[at + chunk];
+        betas[i] = scratch_scalars[at];
+        k_factor[i] = scratch_scalars[at + chunk];
+        q_factor[i] = scratch_scalars[at + 2 * chunk];
         let mut d = 1.0f32;
         if comptime!(decay == Decay::Head) {
             if starts {
@@ -163,7 +163,7 @@ pub fn gradients<F: Float, B: Float, G: Float, N: Size>(
 
             // Towards earlier rows: q as it reads, k as it erases.
             let mut reads = u[m] * F4::new(from_start);
-            let mut erases = e[m] * F4::new(from_start);
+            let mut erases = e[m] * F4::new(-from_start);
             for j in 0..chunk {
                 if comptime!(per_channel) {
                     let d = select(j <= i, rows.c[j * SLICE_LD + c], F4::new(1.0f32));
@@ -434,7 +434,7 @@ fn grams<F: Float, N: Size>(
     }
 }
 
-/// What passes through the states on 32 key channels: `u = dO S0^T`, `e = -dV S0^T`, `w = R dS^T`, and in `whole`
+/// What passes through the states on 32 key channels: `u = dO S0^T`, `e = dV S0^T`, `w = R dS^T`, and in `whole`
 /// the rows of `dS . S0`, summed.
 #[cube]
 fn through_states<F: Float, N: Size>(
@@ -505,7 +505,7 @@ fn through_states<F: Float, N: Size>(
                 for lane in 0..4usize {
                     let at = (4 * (part + parts * m) + lane) * SLICE_LD + c;
                     um[lane] = dot(d, s[at], um[lane]);
-                    em[lane] = dot(-dv, s[at], em[lane]);
+                    em[lane] = dot(dv, s[at], em[lane]);
                     wm[lane] = dot(r, ds[at], wm[lane]);
                 }
                 u[m] = um;

@@ -248,14 +248,18 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
     while x < comptime!(chunk * chunk / 4) {
         let row = x % chunk;
         let block = x / chunk;
+        let mut row_factor = betas[row];
+        if comptime!(bp.backward) {
+            row_factor = 1.0f32;
+        }
         let mut a = F4::new(0.0f32);
         let mut b = F4::new(0.0f32);
         #[unroll]
         for e in 0..4usize {
-            a[e] = t[row * ld + 4 * block + e];
+            a[e] = t[row * ld + 4 * block + e] * row_factor;
             b[e] = aqk[row * ld + 4 * block + e];
         }
-        scratch[record + comptime!(bp.m_at()) + x] = a;
+        scratch[record + comptime!(bp.t_at()) + x] = a;
         if row < here.rows && (step0 + row + 1) % n_h == 0 {
             let read = (step0 + row) / n_h - first_read;
             scratch[record + comptime!(bp.p_at()) + block * reads + read] = b;
@@ -265,12 +269,12 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
         }
         x += units;
     }
-    if part == 0 {
-        scratch_scalars[4 * (record + comptime!(bp.beta_at())) + i] = betas[i];
-        if comptime!(bp.backward) {
+    if comptime!(bp.backward) {
+        if part == 0 {
             let at = 4 * (record + comptime!(bp.factors_at())) + i;
-            scratch_scalars[at] = k_rstd[i];
-            scratch_scalars[at + chunk] = q_rstd[i];
+            scratch_scalars[at] = betas[i];
+            scratch_scalars[at + chunk] = k_rstd[i];
+            scratch_scalars[at + 2 * chunk] = q_rstd[i];
         }
     }
 }

@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::blueprint::Blueprint;
 use super::tile::mma;
-use crate::record::{F4, StateStrides, Strides, load4, sequence, store4};
+use crate::record::{F4, Sequence, StateStrides, Strides, load4, sequence, store4};
 
 /// What a cube of `scan` or `sweep` works on, and which part of it a unit does.
 #[derive(CubeType, Clone, Copy)]
@@ -86,12 +86,14 @@ pub fn scan<F: Float, N: Size>(
         let first_read = step0 / n_h;
         let reads_here = (step0 + here) / n_h - first_read;
         let record = (id * heads as usize + at.head) * comptime!(bp.record_vectors());
-        let v_row = v_at.at(seq.row, seq.start * n_h + step0, at.hv);
 
         let mut acc = Array::<F4>::new(comptime!(held + read_rows));
-        residuals(&mut acc, v, v_row, v_at.t, scratch, record, &state, &mut writes, at, here, read_rows, bp);
+        solve(&mut acc, v, v_at, seq, step0, scratch, record, &state, &mut writes, at, here, read_rows, bp);
         sync_cube();
-        scale_by_beta(&acc, scratch_scalars, record, &mut writes, at, bp);
+        #[unroll]
+        for r in 0..held {
+            writes[(at.ty + r * rows) * cols + at.tx] = acc[r];
+        }
         sync_cube();
 
         // O = Qg S + P N
@@ -108,6 +110,7 @@ pub fn scan<F: Float, N: Size>(
             comptime!(bp.reads()),
             chunk,
             cols,
+            comptime!(bp.ahead()),
         );
         #[unroll]
         for r in 0..read_rows {
@@ -125,13 +128,14 @@ pub fn scan<F: Float, N: Size>(
     store_state(final_state, final_at, at, &state, bp);
 }
 
-/// Leaves R = M (V - Kg S) in `acc[..unit_rows]` and Qg S in `acc[unit_rows..]`, `read_rows` of them.
+/// Leaves N = T (V - Kg S) (of the backward, R = M (V - Kg S)) in `acc[..unit_rows]` and Qg S in `acc[unit_rows..]`, `read_rows` of them.
 #[cube]
-pub(crate) fn residuals<F: Float, N: Size>(
+pub(crate) fn solve<F: Float, N: Size>(
     acc: &mut Array<F4>,
     v: &Array<Vector<F, N>>,
-    v_row: usize,
-    v_stride: u32,
+    v_at: Strides,
+    seq: Sequence,
+    step0: usize,
     scratch: &Array<F4>,
     record: usize,
     state: &SharedMemory<F4>,
@@ -163,11 +167,13 @@ pub(crate) fn residuals<F: Float, N: Size>(
         comptime!(bp.stacked()),
         comptime!(bp.padded_key_dim()),
         cols,
+        comptime!(bp.ahead()),
     );
     #[unroll]
     for r in 0..held {
         let row = at.ty + r * rows;
-        let value = load4(v, v_row + row * v_stride as usize, at.channel, row < here, bp.spec.value_dim);
+        let from = v_at.at(seq.row, seq.start * bp.spec.micro_steps + step0 + row, at.hv);
+        let value = load4(v, from, at.channel, row < here, bp.spec.value_dim);
         writes[row * cols + at.tx] = value - acc[r];
         acc[r] = F4::new(0.0f32);
     }
@@ -175,7 +181,7 @@ pub(crate) fn residuals<F: Float, N: Size>(
     mma(
         acc,
         scratch,
-        record + comptime!(bp.m_at()),
+        record + comptime!(bp.t_at()),
         at.ty,
         writes,
         at.tx,
@@ -185,25 +191,8 @@ pub(crate) fn residuals<F: Float, N: Size>(
         chunk,
         chunk,
         cols,
+        comptime!(bp.ahead()),
     );
-}
-
-/// N = diag(beta) R
-#[cube]
-pub(crate) fn scale_by_beta(
-    acc: &Array<F4>,
-    scratch_scalars: &Array<f32>,
-    record: usize,
-    writes: &mut SharedMemory<F4>,
-    at: Tile,
-    #[comptime] bp: Blueprint,
-) {
-    #[unroll]
-    for r in 0..bp.unit_rows {
-        let row = at.ty + r * comptime!(bp.tile_rows());
-        let beta = scratch_scalars[4 * (record + comptime!(bp.beta_at())) + row];
-        writes[row * comptime!(bp.tile_cols()) + at.tx] = acc[r] * F4::new(beta);
-    }
 }
 
 /// S <- gamma S + Kd^T N, a few keys at a time; each unit updates the keys that it alone owns.
@@ -242,6 +231,7 @@ pub(crate) fn write_state(
             padded,
             bp.chunk,
             cols,
+            comptime!(bp.ahead()),
         );
         #[unroll]
         for r in 0..state_rows {

@@ -11,7 +11,7 @@
 use cubecl::prelude::*;
 
 use super::blueprint::Blueprint;
-use super::scan::{Tile, load_state, residuals, scale_by_beta, store_state, tile_of, write_state};
+use super::scan::{Tile, load_state, solve, store_state, tile_of, write_state};
 use super::tile::mma_transposed;
 use crate::record::{F4, Sequence, StateStrides, Strides, load4, sequence, store4};
 
@@ -83,18 +83,23 @@ fn replay<F: Float, N: Size>(
     while step0 < steps {
         let here = usize::min(steps - step0, bp.chunk);
         let record = (id * heads as usize + at.head) * comptime!(bp.record_vectors());
-        let v_row = v_at.at(seq.row, seq.start * n_h + step0, at.hv);
         sync_cube();
         keep_state(scratch, record + comptime!(bp.state_at()), state, at, bp);
         let mut r = Array::<F4>::new(bp.unit_rows);
-        residuals(&mut r, v, v_row, v_at.t, scratch, record, state, writes, at, here, 0usize, bp);
+        solve(&mut r, v, v_at, seq, step0, scratch, record, state, writes, at, here, 0usize, bp);
         #[unroll]
         for x in 0..bp.unit_rows {
             let row = at.ty + x * comptime!(bp.tile_rows());
             scratch[record + comptime!(bp.r_at()) + row * row4 + at.channel / 4] = r[x];
         }
         sync_cube();
-        scale_by_beta(&r, scratch_scalars, record, writes, at, bp);
+        // N = diag(beta) R
+        #[unroll]
+        for x in 0..bp.unit_rows {
+            let row = at.ty + x * comptime!(bp.tile_rows());
+            let beta = scratch_scalars[4 * (record + comptime!(bp.factors_at())) + row];
+            writes[row * comptime!(bp.tile_cols()) + at.tx] = r[x] * F4::new(beta);
+        }
         sync_cube();
         write_state(scratch, scratch_scalars, record, state, writes, at, bp);
         step0 += bp.chunk;
@@ -125,6 +130,7 @@ fn unwind<F: Float, N: Size>(
     let padded = comptime!(bp.padded_key_dim());
     let width = comptime!(bp.spec.value_dim);
     let row4 = comptime!(bp.row4());
+    let ahead = comptime!(bp.ahead_transposed());
     let steps = seq.tokens * n_h;
     let chunks = (steps + chunk - 1) / chunk;
     for done in 0..chunks {
@@ -148,28 +154,29 @@ fn unwind<F: Float, N: Size>(
         // diag(beta) dN
         let mut tile = zeros();
         let p = record + comptime!(bp.p_at());
-        mma_transposed(&mut tile, scratch, p, at.ty, rows, chunk, at.tx, reads, reads, cols);
+        mma_transposed(&mut tile, scratch, p, at.ty, rows, chunk, at.tx, reads, reads, cols, ahead);
         let kd = record + comptime!(bp.kd_at());
-        mma_transposed(&mut tile, scratch, kd, at.ty, d_state, 0usize, at.tx, padded, padded, cols);
+        mma_transposed(&mut tile, scratch, kd, at.ty, d_state, 0usize, at.tx, padded, padded, cols, ahead);
         #[unroll]
         for e in 0..4usize {
-            let beta = scratch_scalars[4 * (record + comptime!(bp.beta_at()) + at.ty) + e];
+            let beta = scratch_scalars[4 * (record + comptime!(bp.factors_at()) + at.ty) + e];
             rows[(4 * at.ty + e) * cols + at.tx] = tile[e] * F4::new(beta);
         }
         sync_cube();
 
         let mut tile = zeros();
-        let m = record + comptime!(bp.m_at());
-        mma_transposed(&mut tile, scratch, m, at.ty, rows, 0usize, at.tx, chunk, chunk, cols);
+        let m = record + comptime!(bp.t_at());
+        mma_transposed(&mut tile, scratch, m, at.ty, rows, 0usize, at.tx, chunk, chunk, cols, ahead);
         sync_cube();
+        let first = 4 * at.ty;
+        let kept = record + comptime!(bp.dv_at()) + first * row4 + at.channel / 4;
+        let to = dv_at.at(seq.row, seq.start * n_h + step0 + first, at.hv);
         #[unroll]
         for e in 0..4usize {
-            let row = 4 * at.ty + e;
-            rows[row * cols + at.tx] = -tile[e];
-            scratch[record + comptime!(bp.dv_at()) + row * row4 + at.channel / 4] = tile[e];
-            if row < here {
-                let to = dv_at.at(seq.row, seq.start * n_h + step0 + row, at.hv);
-                store4(dv, to, at.channel, tile[e], width);
+            rows[(first + e) * cols + at.tx] = F4::new(-1.0f32) * tile[e];
+            scratch[kept + e * row4] = tile[e];
+            if first + e < here {
+                store4(dv, to + e * dv_at.t as usize, at.channel, tile[e], width);
             }
         }
         sync_cube();
@@ -184,7 +191,9 @@ fn unwind<F: Float, N: Size>(
                 tile[e] = d_state[(4 * block + e) * cols + at.tx] * F4::new(gamma[e]);
             }
             let stacked = comptime!(bp.stacked());
-            mma_transposed(&mut tile, scratch, record, block, rows, 0usize, at.tx, stacked, stacked, cols);
+            mma_transposed(
+                &mut tile, scratch, record, block, rows, 0usize, at.tx, stacked, stacked, cols, ahead,
+            );
             #[unroll]
             for e in 0..4usize {
                 d_state[(4 * block + e) * cols + at.tx] = tile[e];

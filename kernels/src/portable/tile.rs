@@ -9,11 +9,9 @@ use cubecl::prelude::*;
 
 use crate::record::F4;
 
-/// Rounds of four columns that are loaded together; divides every depth, a multiple of 16, by four.
-const AHEAD: usize = 4;
-
 /// `acc[first + r] += A[row0 + r * step, ..] B[b0.., 4 * col..4 * col + 4]` for `r < rows`. Rows past the
-/// last one repeat it; their results are not to be used.
+/// last one repeat it; their results are not to be used. `ahead` rounds of four columns are loaded together; it
+/// divides every depth, a multiple of 16, by four.
 #[cube]
 pub(crate) fn mma(
     acc: &mut Array<F4>,
@@ -28,29 +26,30 @@ pub(crate) fn mma(
     #[comptime] height: usize,
     #[comptime] depth: usize,
     #[comptime] ldb: usize,
+    #[comptime] ahead: usize,
 ) {
     // All left vectors of a round are asked for before the first is used: they come from afar.
-    let mut left = Array::<F4>::new(comptime!(AHEAD * rows));
-    for round in 0..depth / (4 * AHEAD) {
+    let mut left = Array::<F4>::new(comptime!(ahead * rows));
+    for round in 0..depth / (4 * ahead) {
         #[unroll]
-        for ahead in 0..AHEAD {
-            let d = round * AHEAD + ahead;
+        for next in 0..ahead {
+            let d = round * ahead + next;
             #[unroll]
             for r in 0..rows {
                 let row = clamp_row(row0 + r * step, step * rows, height);
-                left[ahead * rows + r] = a[a_at + d * height + row];
+                left[next * rows + r] = a[a_at + d * height + row];
             }
         }
         #[unroll]
-        for ahead in 0..AHEAD {
-            let at = 4 * (round * AHEAD + ahead) * ldb + col;
+        for next in 0..ahead {
+            let at = 4 * (round * ahead + next) * ldb + col;
             let x0 = b[at];
             let x1 = b[at + ldb];
             let x2 = b[at + 2 * ldb];
             let x3 = b[at + 3 * ldb];
             #[unroll]
             for r in 0..rows {
-                let y = left[ahead * rows + r];
+                let y = left[next * rows + r];
                 let mut s = acc[first + r];
                 s = fma(F4::new(y[0]), x0, s);
                 s = fma(F4::new(y[1]), x1, s);
@@ -64,7 +63,7 @@ pub(crate) fn mma(
 
 /// The same with the left matrix transposed: `acc[e] += A[.., 4 * block + e]^T B[b_row0.., 4 * col..4 * col + 4]`,
 /// a sum over `depth` rows. A vector of the record now holds four rows at one depth, so a unit owns four rows that
-/// lie next to each other.
+/// lie next to each other. `ahead` of its vectors are loaded together.
 #[cube]
 pub(crate) fn mma_transposed(
     acc: &mut Array<F4>,
@@ -77,14 +76,15 @@ pub(crate) fn mma_transposed(
     #[comptime] height: usize,
     #[comptime] depth: usize,
     #[comptime] ldb: usize,
+    #[comptime] ahead: usize,
 ) {
-    let whole = comptime!(depth / AHEAD);
+    let whole = comptime!(depth / ahead);
     for round in 0..whole {
-        transposed_round(acc, a, a_at + block * height, b, b_row0 * ldb + col, round, AHEAD, ldb);
+        transposed_round(acc, a, a_at + block * height, b, b_row0 * ldb + col, round * ahead, ahead, ldb);
     }
-    if comptime!(depth % AHEAD > 0) {
-        let rest = comptime!(depth % AHEAD);
-        transposed_round(acc, a, a_at + block * height, b, b_row0 * ldb + col, whole, rest, ldb);
+    if comptime!(depth % ahead > 0) {
+        let rest = comptime!(depth % ahead);
+        transposed_round(acc, a, a_at + block * height, b, b_row0 * ldb + col, whole * ahead, rest, ldb);
     }
 }
 
@@ -95,18 +95,18 @@ fn transposed_round(
     a_at: usize,
     b: &SharedMemory<F4>,
     b_at: usize,
-    round: usize,
+    first: usize,
     #[comptime] count: usize,
     #[comptime] ldb: usize,
 ) {
     let mut left = Array::<F4>::new(count);
     #[unroll]
     for i in 0..count {
-        left[i] = a[a_at + round * AHEAD + i];
+        left[i] = a[a_at + first + i];
     }
     #[unroll]
     for i in 0..count {
-        let x = b[b_at + (round * AHEAD + i) * ldb];
+        let x = b[b_at + (first + i) * ldb];
         #[unroll]
         for e in 0..4usize {
             acc[e] = fma(F4::new(left[i][e]), x, acc[e]);

@@ -2,7 +2,7 @@
 
 use cubecl::ir::StorageType;
 use cubecl::prelude::*;
-use delta_rule::gpu::{DTypes, DeviceInputs, forward};
+use delta_rule::gpu::{DTypes, DeviceInputs, DeviceOutputGradients, backward, forward};
 use delta_rule::{Decay, GateTransform, Ident, Options, Problem, Rule, Shape};
 use delta_rule_offline::{Generated, OfflineCuda, compile, take_generated, toolchain};
 
@@ -36,8 +36,17 @@ fn tensor(
         .binding()
 }
 
+/// What is generated: the kernels of a forward or of a backward.
+#[derive(Clone, Copy, PartialEq)]
+#[allow(dead_code, reason = "not every test binary goes both ways")]
+pub(crate) enum Way {
+    Forward,
+    Backward,
+}
+
 /// Runs the front door on the offline device.
 pub(crate) fn generate(
+    way: Way,
     rule: Rule,
     value_heads: usize,
     [key_dim, value_dim]: [usize; 2],
@@ -62,7 +71,14 @@ pub(crate) fn generate(
             new(Ident::Beta, f32),
         )
     };
-    forward(&client, &problem, options, inputs, DTypes::mixed(dtype)).expect("the call is accepted");
+    let dtypes = DTypes::mixed(dtype);
+    if way == Way::Forward {
+        forward(&client, &problem, options, inputs, dtypes).expect("the call is accepted");
+    } else {
+        let upstream =
+            DeviceOutputGradients { o: new(Ident::O, dtype), final_state: Some(new(Ident::FinalState, f32)) };
+        backward(&client, &problem, options, inputs, upstream, dtypes).expect("the call is accepted");
+    }
     client.flush().expect("the offline device has no faults");
 }
 
