@@ -1,6 +1,6 @@
 //! The one place that knows which devices this build can reach.
 
-use delta_rule::{Inputs, Options, Output, Problem, chunk};
+use delta_rule::{Gradients, Inputs, Options, Output, OutputGradients, Problem, chunk};
 
 use crate::args::Result;
 
@@ -100,6 +100,32 @@ pub(crate) fn forward(
     }
 }
 
+/// The gradients of the same call; that of `o` is stored as `dtype`, too.
+#[allow(dead_code, reason = "not every example goes back")]
+pub(crate) fn backward(
+    device: Device,
+    dtype: DType,
+    problem: &Problem,
+    options: &Options,
+    inputs: &Inputs<f32>,
+    upstream: &OutputGradients<f32>,
+) -> Result<Gradients<f32>> {
+    match (device, dtype) {
+        (Device::Cpu, DType::F32) => Ok(chunk::backward(problem, options, inputs, upstream)?),
+        (Device::Cpu, _) => Err(format!("device cpu does not take {} here", dtype.name()).into()),
+        #[cfg(feature = "wgpu")]
+        (Device::Wgpu, _) => {
+            backend::backward(&quietly(backend::wgpu)?, dtype, problem, options, inputs, upstream)
+        }
+        #[cfg(feature = "cuda")]
+        (Device::Cuda, _) => {
+            backend::backward(&quietly(backend::cuda)?, dtype, problem, options, inputs, upstream)
+        }
+        #[allow(unreachable_patterns, reason = "a build with both backends has no arm left")]
+        (Device::Wgpu | Device::Cuda, _) => Err(device.not_built()),
+    }
+}
+
 /// Keeps the panic of a driver that is not there off the screen: the caller says it in one line.
 #[cfg(feature = "gpu")]
 fn quietly<T>(open: impl FnOnce() -> T) -> T {
@@ -113,8 +139,8 @@ fn quietly<T>(open: impl FnOnce() -> T) -> T {
 #[cfg(feature = "gpu")]
 mod backend {
     use delta_rule::cubecl::prelude::*;
-    use delta_rule::gpu::{HostDType, forward_host};
-    use delta_rule::{Inputs, Options, Output, Problem};
+    use delta_rule::gpu::{HostDType, backward_host, forward_host};
+    use delta_rule::{Gradients, Inputs, Options, Output, OutputGradients, Problem};
 
     use super::DType;
     use crate::args::Result;
@@ -136,12 +162,27 @@ mod backend {
         options: &Options,
         inputs: &Inputs<f32>,
     ) -> Result<Output<f32>> {
-        let dtype = match dtype {
-            DType::F32 => HostDType::F32,
-            DType::F16 => HostDType::F16,
-            DType::Bf16 => HostDType::Bf16,
-            DType::F64 => return Err("the GPU engines do not take f64".into()),
-        };
-        Ok(forward_host(client, dtype, problem, options, inputs)?)
+        Ok(forward_host(client, on_device(dtype)?, problem, options, inputs)?)
+    }
+
+    #[allow(dead_code, reason = "not every example goes back")]
+    pub(super) fn backward<R: Runtime>(
+        client: &ComputeClient<R>,
+        dtype: DType,
+        problem: &Problem,
+        options: &Options,
+        inputs: &Inputs<f32>,
+        upstream: &OutputGradients<f32>,
+    ) -> Result<Gradients<f32>> {
+        Ok(backward_host(client, on_device(dtype)?, problem, options, inputs, upstream)?)
+    }
+
+    fn on_device(dtype: DType) -> Result<HostDType> {
+        match dtype {
+            DType::F32 => Ok(HostDType::F32),
+            DType::F16 => Ok(HostDType::F16),
+            DType::Bf16 => Ok(HostDType::Bf16),
+            DType::F64 => Err("the GPU engines do not take f64".into()),
+        }
     }
 }
