@@ -99,11 +99,6 @@ impl Blueprint {
         if self.backward { 2 } else { 4 }
     }
 
-    /// The same for `mma_transposed`.
-    pub(crate) fn ahead_transposed(&self) -> usize {
-        64 / self.chunk
-    }
-
     /// Rows of the state that one unit updates at a time: as many as fit its registers and divide K.
     pub(crate) fn state_rows(&self) -> usize {
         (SLICE / self.tile_rows()).clamp(1, 4)

@@ -2,32 +2,29 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{Blueprint, SLICE4};
-use super::prepare::{Chunk, chunk_of};
+use super::blueprint::Blueprint;
+use super::prepare::chunk_of;
 use super::walk::dot;
 use crate::record::{F4, Strides, load4, store4};
 use crate::spec::Decay;
 
-/// The gradients of q and k, from what [`gradients`](mod@super::gradients) left in the records: a sum over the value
-/// heads of each key head, then back through the norm, $dx = r\,(dy - r^2 x\,(x \cdot dy))$.
+/// The gradient of k (of q, where `reads`), from what [`gradients`](mod@super::gradients) left in the records: a sum
+/// over the value heads of each key head, then back through the norm, $dx = r\,dy - r^3 x\,(x \cdot dy)$.
 /// Cube `p` takes chunk `p / key_heads` and key head `first_key_head + p % key_heads`.
 #[cube(launch_unchecked)]
 pub fn collect<F: Float, N: Size>(
-    q: &Array<Vector<F, N>>,
-    k: &Array<Vector<F, N>>,
+    x: &Array<Vector<F, N>>,
     table: &Array<u32>,
     scratch: &Array<F4>,
-    dq: &mut Array<Vector<F, N>>,
-    dk: &mut Array<Vector<F, N>>,
-    q_at: Strides,
-    k_at: Strides,
-    dq_at: Strides,
-    dk_at: Strides,
+    dx: &mut Array<Vector<F, N>>,
+    x_at: Strides,
+    dx_at: Strides,
     sequences: u32,
     chunks: u32,
     first_key_head: u32,
     key_heads: u32,
     group: u32,
+    #[comptime] reads: bool,
     #[comptime] bp: Blueprint,
     #[define(F)] _type: StorageType,
 ) {
@@ -35,96 +32,74 @@ pub fn collect<F: Float, N: Size>(
         terminate!();
     }
     let n_h = comptime!(bp.spec.micro_steps);
+    let dim = comptime!(bp.spec.key_dim);
+    let units = comptime!(bp.prepare_units());
     let row4 = comptime!(bp.padded_key_dim() / 4);
-    let mut space = SharedMemory::<f32>::new(comptime!(2 * bp.prepare_units()));
     let id = CUBE_POS / key_heads as usize;
     let head = CUBE_POS % key_heads as usize;
-    let h = first_key_head as usize + head;
-    let here: Chunk = chunk_of(table, id, sequences, bp);
-    let first = (id * (key_heads * group) as usize + head * group as usize) * comptime!(bp.record_vectors());
-
-    let i = UNIT_POS as usize % bp.chunk;
-    let step = here.start * n_h + here.step0 + i;
-    let valid = i < here.rows;
-    let is_read = valid && (here.step0 + i + 1) % n_h == 0;
-    let token = here.start + (here.step0 + i) / n_h;
-    let read = (here.step0 + i) / n_h - here.step0 / n_h;
-
-    let k_from = first + comptime!(bp.dk_at()) + i * row4;
-    let (k_row, dk_row) = (k_at.at(here.row, step, h), dk_at.at(here.row, step, h));
-    collect_row(k, k_row, scratch, k_from, dk, dk_row, &mut space, valid, group, bp);
-    let q_from = first + comptime!(bp.dq_at()) + read * row4;
-    let (q_row, dq_row) = (q_at.at(here.row, token, h), dq_at.at(here.row, token, h));
-    collect_row(q, q_row, scratch, q_from, dq, dq_row, &mut space, is_read, group, bp);
-}
-
-/// One row, dealt out to the units of its parts.
-#[cube]
-fn collect_row<F: Float, N: Size>(
-    x: &Array<Vector<F, N>>,
-    x_row: usize,
-    scratch: &Array<F4>,
-    from: usize,
-    dx: &mut Array<Vector<F, N>>,
-    dx_row: usize,
-    space: &mut SharedMemory<f32>,
-    valid: bool,
-    group: u32,
-    #[comptime] bp: Blueprint,
-) {
-    let units = comptime!(bp.prepare_units());
-    let dim = comptime!(bp.spec.key_dim);
-    let channels = comptime!(bp.slices() * SLICE4);
+    let here = chunk_of(table, id, sequences, bp);
     let i = UNIT_POS as usize % bp.chunk;
     let part = UNIT_POS as usize / bp.chunk;
-    let mut rstd = 1.0f32;
+
+    let mut valid = i < here.rows;
+    let mut t = here.start * n_h + here.step0 + i;
+    let mut from = comptime!(bp.dk_at()) + i * row4;
+    if comptime!(reads) {
+        valid = valid && (here.step0 + i + 1) % n_h == 0;
+        t = here.start + (here.step0 + i) / n_h;
+        from = comptime!(bp.dq_at()) + ((here.step0 + i) / n_h - here.step0 / n_h) * row4;
+    }
+    let record = (id * (key_heads * group) as usize + head * group as usize) * comptime!(bp.record_vectors());
+    from += record;
+    let factors = record + comptime!(bp.factors_at());
+    let h = first_key_head as usize + head;
+    let x_row = x_at.at(here.row, t, h);
+    let dx_row = dx_at.at(here.row, t, h);
+
+    // x . dy, and what the norm divided by.
     let mut along = 0.0f32;
+    let mut rstd = 1.0f32;
     if comptime!(bp.spec.qk_l2norm) {
-        let mut square = 0.0f32;
-        let mut c = part;
-        while c < channels {
-            let value = load4(x, x_row, 4 * c, valid, dim);
-            let dy = over_group(scratch, from + c, valid, group, bp);
-            square = dot(value, value, square);
-            along = dot(value, dy, along);
-            c += bp.parts;
+        let mut space = SharedMemory::<f32>::new(units);
+        if valid {
+            let mut c = part;
+            while c < row4 {
+                along =
+                    dot(load4(x, x_row, 4 * c, true, dim), over_group(scratch, from + c, group, bp), along);
+                c += bp.parts;
+            }
         }
-        space[UNIT_POS as usize] = square;
-        space[units + UNIT_POS as usize] = along;
+        space[UNIT_POS as usize] = along;
         sync_cube();
-        square = 0.0f32;
         along = 0.0f32;
         #[unroll]
         for p in 0..bp.parts {
-            square += space[p * bp.chunk + i];
-            along += space[units + p * bp.chunk + i];
+            along += space[p * bp.chunk + i];
         }
-        sync_cube();
-        rstd = f32::inverse_sqrt(square + 1e-6f32);
-        along *= rstd * rstd;
+        let factor = if comptime!(reads) { comptime!(2 * bp.chunk) } else { comptime!(bp.chunk) };
+        rstd = scratch[factors + factor / 4 + i / 4][i % 4];
+        along *= -rstd * rstd * rstd;
     }
-    let mut c = part;
-    while c < channels {
-        let mut dy = over_group(scratch, from + c, valid, group, bp);
-        if comptime!(bp.spec.qk_l2norm) {
-            let value = load4(x, x_row, 4 * c, valid, dim);
-            dy = F4::new(rstd) * (dy - value * F4::new(along));
-        }
-        if valid {
+    if valid {
+        let mut c = part;
+        while c < row4 {
+            let mut dy = over_group(scratch, from + c, group, bp);
+            if comptime!(bp.spec.qk_l2norm) {
+                let value = load4(x, x_row, 4 * c, true, dim);
+                dy = fma(value, F4::new(along), dy * F4::new(rstd));
+            }
             store4(dx, dx_row, 4 * c, dy, dim);
+            c += bp.parts;
         }
-        c += bp.parts;
     }
 }
 
 /// Four channels of a gradient, over the value heads of a group.
 #[cube]
-fn over_group(scratch: &Array<F4>, at: usize, valid: bool, group: u32, #[comptime] bp: Blueprint) -> F4 {
-    let mut sum = F4::new(0.0f32);
-    if valid {
-        for member in 0..group as usize {
-            sum += scratch[at + member * comptime!(bp.record_vectors())];
-        }
+fn over_group(scratch: &Array<F4>, first: usize, group: u32, #[comptime] bp: Blueprint) -> F4 {
+    let mut sum = scratch[first];
+    for member in 1..group as usize {
+        sum += scratch[first + member * comptime!(bp.record_vectors())];
     }
     sum
 }

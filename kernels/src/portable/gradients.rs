@@ -105,8 +105,12 @@ pub fn gradients<F: Float, B: Float, G: Float, N: Size>(
     if part == 0 {
         let at = 4 * (record + comptime!(bp.factors_at())) + i;
         betas[i] = scratch_scalars[at];
-        k_factor[i] = scratch_scalars[at + chunk];
-        q_factor[i] = scratch_scalars[at + 2 * chunk];
+        k_factor[i] = 1.0f32;
+        q_factor[i] = scale;
+        if comptime!(bp.spec.qk_l2norm) {
+            k_factor[i] = scratch_scalars[at + chunk];
+            q_factor[i] = scratch_scalars[at + 2 * chunk] * scale;
+        }
         let mut d = 1.0f32;
         if comptime!(decay == Decay::Head) {
             if starts {

@@ -99,7 +99,6 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
     let first_read = step0 / n_h;
     let valid = i < here.rows;
     let is_read = valid && (step0 + i + 1) % n_h == 0;
-    let reads_here = (step0 + here.rows) / n_h - first_read;
 
     if part == 0 {
         let mut b = 0.0f32;
@@ -119,6 +118,9 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
         head_decays[i] = d;
         k_rstd[i] = 1.0f32;
         q_rstd[i] = scale;
+        if comptime!(bp.spec.qk_l2norm) {
+            q_rstd[i] = 1.0f32;
+        }
     }
     sync_cube();
 
@@ -154,8 +156,12 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
                 qq += aqk[p * chunk + i];
             }
             k_rstd[i] = f32::inverse_sqrt(kk + 1e-6f32);
-            // `queries` already carries the factor `scale`.
-            q_rstd[i] = scale * f32::inverse_sqrt(qq / (scale * scale) + 1e-6f32);
+            q_rstd[i] = scale * f32::inverse_sqrt(qq + 1e-6f32);
+            if comptime!(bp.backward) {
+                let at = 4 * (record + comptime!(bp.factors_at())) + i;
+                scratch_scalars[at + chunk] = k_rstd[i];
+                scratch_scalars[at + 2 * chunk] = f32::inverse_sqrt(qq + 1e-6f32);
+            }
         }
         sync_cube();
     }
@@ -203,9 +209,6 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
             }
             if is_read {
                 scratch[rows_at + chunk + token - first_read] = end.q * F4::new(from_start);
-            }
-            if comptime!(bp.backward) && i >= reads_here && i < reads {
-                scratch[rows_at + chunk + i] = F4::new(0.0f32);
             }
             if i == 0 {
                 scratch[record + comptime!(bp.gamma_at()) + channel] = whole;
@@ -264,17 +267,11 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
             let read = (step0 + row) / n_h - first_read;
             scratch[record + comptime!(bp.p_at()) + block * reads + read] = b;
         }
-        if comptime!(bp.backward) && row >= reads_here && row < reads {
-            scratch[record + comptime!(bp.p_at()) + block * reads + row] = F4::new(0.0f32);
-        }
         x += units;
     }
     if comptime!(bp.backward) {
         if part == 0 {
-            let at = 4 * (record + comptime!(bp.factors_at())) + i;
-            scratch_scalars[at] = betas[i];
-            scratch_scalars[at + chunk] = k_rstd[i];
-            scratch_scalars[at + 2 * chunk] = q_rstd[i];
+            scratch_scalars[4 * (record + comptime!(bp.factors_at())) + i] = betas[i];
         }
     }
 }

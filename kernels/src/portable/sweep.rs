@@ -53,7 +53,7 @@ pub fn sweep<F: Float, N: Size>(
     let seq = sequence(table, at.n);
     if backwards {
         load_state(d_final_state, d_final_at, at, &mut state, has_d_final_state, bp);
-        unwind(d_o, scratch, scratch_scalars, &mut state, &mut rows, dv, d_o_at, dv_at, at, seq, heads, bp);
+        unwind(d_o, scratch, &mut state, &mut rows, dv, d_o_at, dv_at, at, seq, heads, bp);
         store_state(d_initial_state, d_initial_at, at, &state, bp);
     } else {
         load_state(initial_state, initial_at, at, &mut state, bp.spec.has_initial_state, bp);
@@ -87,17 +87,18 @@ fn replay<F: Float, N: Size>(
         keep_state(scratch, record + comptime!(bp.state_at()), state, at, bp);
         let mut r = Array::<F4>::new(bp.unit_rows);
         solve(&mut r, v, v_at, seq, step0, scratch, record, state, writes, at, here, 0usize, bp);
+        let kept = record + comptime!(bp.r_at()) + at.ty * row4 + at.channel / 4;
         #[unroll]
         for x in 0..bp.unit_rows {
-            let row = at.ty + x * comptime!(bp.tile_rows());
-            scratch[record + comptime!(bp.r_at()) + row * row4 + at.channel / 4] = r[x];
+            scratch[kept + x * comptime!(bp.tile_rows() * row4)] = r[x];
         }
         sync_cube();
         // N = diag(beta) R
+        let betas = 4 * (record + comptime!(bp.factors_at())) + at.ty;
         #[unroll]
         for x in 0..bp.unit_rows {
+            let beta = scratch_scalars[betas + x * comptime!(bp.tile_rows())];
             let row = at.ty + x * comptime!(bp.tile_rows());
-            let beta = scratch_scalars[4 * (record + comptime!(bp.factors_at())) + row];
             writes[row * comptime!(bp.tile_cols()) + at.tx] = r[x] * F4::new(beta);
         }
         sync_cube();
@@ -112,7 +113,6 @@ fn replay<F: Float, N: Size>(
 fn unwind<F: Float, N: Size>(
     d_o: &Array<Vector<F, N>>,
     scratch: &mut Array<F4>,
-    scratch_scalars: &Array<f32>,
     d_state: &mut SharedMemory<F4>,
     rows: &mut SharedMemory<F4>,
     dv: &mut Array<Vector<F, N>>,
@@ -130,7 +130,6 @@ fn unwind<F: Float, N: Size>(
     let padded = comptime!(bp.padded_key_dim());
     let width = comptime!(bp.spec.value_dim);
     let row4 = comptime!(bp.row4());
-    let ahead = comptime!(bp.ahead_transposed());
     let steps = seq.tokens * n_h;
     let chunks = (steps + chunk - 1) / chunk;
     for done in 0..chunks {
@@ -143,30 +142,32 @@ fn unwind<F: Float, N: Size>(
 
         sync_cube();
         keep_state(scratch, record + comptime!(bp.d_state_at()), d_state, at, bp);
-        let mut row = at.ty;
-        while row < reads {
-            let from = d_o_at.at(seq.row, seq.start + first_read + row, at.hv);
-            rows[(chunk + row) * cols + at.tx] = load4(d_o, from, at.channel, row < reads_here, width);
-            row += comptime!(bp.tile_rows());
+        #[unroll]
+        for r in 0..comptime!(bp.read_rows()) {
+            let row = at.ty + r * comptime!(bp.tile_rows());
+            if row < reads_here {
+                let from = d_o_at.at(seq.row, seq.start + first_read + row, at.hv);
+                rows[(chunk + row) * cols + at.tx] = load4(d_o, from, at.channel, true, width);
+            }
         }
         sync_cube();
 
         // diag(beta) dN
         let mut tile = zeros();
         let p = record + comptime!(bp.p_at());
-        mma_transposed(&mut tile, scratch, p, at.ty, rows, chunk, at.tx, reads, reads, cols, ahead);
+        mma_transposed(&mut tile, scratch, p, at.ty, rows, chunk, at.tx, reads_here, reads, cols);
         let kd = record + comptime!(bp.kd_at());
-        mma_transposed(&mut tile, scratch, kd, at.ty, d_state, 0usize, at.tx, padded, padded, cols, ahead);
+        mma_transposed(&mut tile, scratch, kd, at.ty, d_state, 0usize, at.tx, padded, padded, cols);
+        let betas = scratch[record + comptime!(bp.factors_at()) + at.ty];
         #[unroll]
         for e in 0..4usize {
-            let beta = scratch_scalars[4 * (record + comptime!(bp.factors_at()) + at.ty) + e];
-            rows[(4 * at.ty + e) * cols + at.tx] = tile[e] * F4::new(beta);
+            rows[(4 * at.ty + e) * cols + at.tx] = tile[e] * F4::new(betas[e]);
         }
         sync_cube();
 
         let mut tile = zeros();
         let m = record + comptime!(bp.t_at());
-        mma_transposed(&mut tile, scratch, m, at.ty, rows, 0usize, at.tx, chunk, chunk, cols, ahead);
+        mma_transposed(&mut tile, scratch, m, at.ty, rows, 0usize, at.tx, chunk, chunk, cols);
         sync_cube();
         let first = 4 * at.ty;
         let kept = record + comptime!(bp.dv_at()) + first * row4 + at.channel / 4;
@@ -190,9 +191,17 @@ fn unwind<F: Float, N: Size>(
             for e in 0..4usize {
                 tile[e] = d_state[(4 * block + e) * cols + at.tx] * F4::new(gamma[e]);
             }
-            let stacked = comptime!(bp.stacked());
             mma_transposed(
-                &mut tile, scratch, record, block, rows, 0usize, at.tx, stacked, stacked, cols, ahead,
+                &mut tile,
+                scratch,
+                record,
+                block,
+                rows,
+                0usize,
+                at.tx,
+                chunk + reads_here,
+                comptime!(bp.stacked()),
+                cols,
             );
             #[unroll]
             for e in 0..4usize {

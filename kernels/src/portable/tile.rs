@@ -62,8 +62,8 @@ pub(crate) fn mma(
 }
 
 /// The same with the left matrix transposed: `acc[e] += A[.., 4 * block + e]^T B[b_row0.., 4 * col..4 * col + 4]`,
-/// a sum over `depth` rows. A vector of the record now holds four rows at one depth, so a unit owns four rows that
-/// lie next to each other. `ahead` of its vectors are loaded together.
+/// a sum over the first `depth` rows of both. A vector of the record now holds four rows at one depth, so a unit owns
+/// four rows that lie next to each other.
 #[cube]
 pub(crate) fn mma_transposed(
     acc: &mut Array<F4>,
@@ -73,43 +73,16 @@ pub(crate) fn mma_transposed(
     b: &SharedMemory<F4>,
     b_row0: usize,
     col: usize,
+    depth: usize,
     #[comptime] height: usize,
-    #[comptime] depth: usize,
-    #[comptime] ldb: usize,
-    #[comptime] ahead: usize,
-) {
-    let whole = comptime!(depth / ahead);
-    for round in 0..whole {
-        transposed_round(acc, a, a_at + block * height, b, b_row0 * ldb + col, round * ahead, ahead, ldb);
-    }
-    if comptime!(depth % ahead > 0) {
-        let rest = comptime!(depth % ahead);
-        transposed_round(acc, a, a_at + block * height, b, b_row0 * ldb + col, whole * ahead, rest, ldb);
-    }
-}
-
-#[cube]
-fn transposed_round(
-    acc: &mut Array<F4>,
-    a: &Array<F4>,
-    a_at: usize,
-    b: &SharedMemory<F4>,
-    b_at: usize,
-    first: usize,
-    #[comptime] count: usize,
     #[comptime] ldb: usize,
 ) {
-    let mut left = Array::<F4>::new(count);
-    #[unroll]
-    for i in 0..count {
-        left[i] = a[a_at + first + i];
-    }
-    #[unroll]
-    for i in 0..count {
-        let x = b[b_at + (first + i) * ldb];
+    for d in 0..depth {
+        let left = a[a_at + block * height + d];
+        let x = b[(b_row0 + d) * ldb + col];
         #[unroll]
         for e in 0..4usize {
-            acc[e] = fma(F4::new(left[i][e]), x, acc[e]);
+            acc[e] = fma(F4::new(left[e]), x, acc[e]);
         }
     }
 }

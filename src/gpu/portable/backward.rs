@@ -1,4 +1,4 @@
-//! Backward: four launches per pass, and one more where the gate is a formula.
+//! Backward: five launches per pass, and one more where the gate is a formula.
 
 use cubecl::prelude::*;
 use delta_rule_kernels::portable::collect::{collect, collect_constants};
@@ -9,6 +9,7 @@ use super::{Launches, blueprint};
 use crate::Result;
 use crate::gpu::backward::{Adjoint, Destinations};
 use crate::gpu::call::{Call, cubes, strides, written};
+use crate::gpu::tensors::Checked;
 
 /// `prepare`, `sweep`, `gradients`, `collect`.
 pub(in crate::gpu) fn backward<R: Runtime>(
@@ -27,7 +28,8 @@ pub(in crate::gpu) fn backward<R: Runtime>(
         on.sweep(from, to, first_head, heads);
         if on.table.chunks > 0 {
             on.gradients(from, to, first_head, heads);
-            on.collect(to, first_head, heads);
+            on.collect(&call.k, &to.k, false, first_head, heads);
+            on.collect(&call.q, &to.q, true, first_head, heads);
         }
         on.collect_constants(to, first_head, heads);
     }
@@ -112,7 +114,8 @@ impl<R: Runtime> Launches<'_, R> {
         }
     }
 
-    fn collect(&self, to: &Destinations<R>, first_head: usize, heads: usize) {
+    /// The gradient of k, or of q.
+    fn collect(&self, x: &Checked<R>, dx: &Checked<R>, reads: bool, first_head: usize, heads: usize) {
         let (client, call, bp) = (self.client, self.call, self.bp);
         let group = call.group() as usize;
         // Safety: as above.
@@ -122,21 +125,18 @@ impl<R: Runtime> Launches<'_, R> {
                 cubes(client, self.table.chunks * heads / group),
                 CubeDim::new_1d(bp.prepare_units() as u32),
                 self.vector,
-                self.arg(Some(&call.q)),
-                self.arg(Some(&call.k)),
+                self.arg(Some(x)),
                 self.table(),
                 self.scratch(),
-                written(client, &to.q),
-                written(client, &to.k),
-                strides(Some(&call.q)),
-                strides(Some(&call.k)),
-                strides(Some(&to.q)),
-                strides(Some(&to.k)),
+                written(client, dx),
+                strides(Some(x)),
+                strides(Some(dx)),
                 call.problem.sequences() as u32,
                 self.table.chunks as u32,
                 (first_head / group) as u32,
                 (heads / group) as u32,
                 group as u32,
+                reads,
                 bp,
                 call.dtypes.data,
             );
