@@ -10,6 +10,9 @@
 //! scan      N = T (V - Kg S)      O = Qg S + P N      S <- gamma S + Kd^T N
 //! ```
 //!
+//! The backward is portable only: `prepare` again, `sweep` for the states forwards and their gradient backwards,
+//! `gradients` for what each chunk's rows get, `collect` for what several heads or chunks have a share in.
+//!
 //! `portable` prepares with one launch and scans with another; its decays are running products of factors in
 //! `[0, 1]`, so that no exponent is ever positive and nothing cancels (see `walk.rs`). `mma` keeps the state in
 //! registers and prepares on planes beside those that scan; gates per channel, and few heads, get a launch of

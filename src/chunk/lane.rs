@@ -33,6 +33,14 @@ pub(super) struct Span {
     pub(super) first: usize,
 }
 
+impl Span {
+    /// The token, among those that end here, that ends in row `i`.
+    pub(super) fn read_at(&self, i: usize, n_h: usize) -> Option<usize> {
+        let since = i.checked_sub(self.first)?;
+        since.is_multiple_of(n_h).then_some(since / n_h)
+    }
+}
+
 /// The operands of a chunk; see [the module](super).
 pub(super) struct Chunk<T> {
     /// Kg. `[rows, K]`

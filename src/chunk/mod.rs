@@ -24,6 +24,7 @@
 //! Decays are running products of factors in $[0, 1]$: no exponent is ever positive and no difference of sums
 //! cancels, however strong the gates.
 
+mod adjoint;
 mod backward;
 mod forward;
 mod gram;

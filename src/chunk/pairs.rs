@@ -161,7 +161,7 @@ impl<T: Real> Pairs<'_, T> {
                 let out = &mut to.writes[j * dim..][..dim];
                 for i in (j + 1..last).rev() {
                     axpy(out, self.x[i * rows + j], &self.k[i * dim..][..dim]);
-                    if let Some(r) = self.read_at(i) {
+                    if let Some(r) = self.span.read_at(i, self.n_h) {
                         axpy(out, self.y[r * rows + j], &self.q[r * dim..][..dim]);
                     }
                     multiply(out, self.decay(i));
@@ -172,7 +172,7 @@ impl<T: Real> Pairs<'_, T> {
             for i in first..last {
                 multiply(&mut gamma, self.decay(i));
                 multiply(&mut k[i * dim..][..dim], &gamma);
-                if let Some(r) = self.read_at(i) {
+                if let Some(r) = self.span.read_at(i, self.n_h) {
                     multiply(&mut q[r * dim..][..dim], &gamma);
                 }
             }
@@ -200,12 +200,6 @@ impl<T: Real> Pairs<'_, T> {
 
     fn decay(&self, i: usize) -> &[T] {
         &self.decays[i * self.dim..][..self.dim]
-    }
-
-    /// The token that ends in row `i`.
-    fn read_at(&self, i: usize) -> Option<usize> {
-        let since = i.checked_sub(self.span.first)?;
-        since.is_multiple_of(self.n_h).then_some(since / self.n_h)
     }
 
     /// The tokens that end in rows `first..last`.

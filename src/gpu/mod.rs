@@ -13,7 +13,8 @@
 //!   (KDA at K = 128: 900).
 //! - **Portable** (every device, every shape): f32, f16 or bf16 data, arithmetic in f32. `Options::chunk_size` of 16
 //!   asks for them. Scratch is `4 (3 K' + 2 C + K' / C)` bytes per micro-step and value head, K' being K rounded up to
-//!   32 and C the chunk size (1.8 KB at K = 128), in passes over the heads of at most 1 GiB.
+//!   32 and C the chunk size (1.8 KB at K = 128), in passes over the heads of at most 1 GiB. The backward is theirs
+//!   alone: see [`backward`](fn@backward).
 //!
 //! The client keeps scratch for the next call until its `memory_cleanup`.
 

@@ -18,10 +18,11 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{Blueprint, SLICE, SLICE_LD, SLICE4};
-use super::prepare::{Chunk, chunk_of, load_decays, load_qk};
+use super::prepare::{chunk_of, load_decays, load_qk};
+use super::rows::{Paths, Rows, between_tokens, grams, inside_token, through_states};
 use super::walk::{dot, walk_row};
 use crate::math::{beta_slope, decay_of, gate_constants, gate_slopes};
-use crate::record::{F4, Strides, load4};
+use crate::record::{F4, Strides};
 use crate::spec::{Decay, GateMap};
 
 /// Reads the records that [`sweep`](mod@super::sweep) has filled; leaves in them the gradients of q and k, for one
@@ -165,61 +166,24 @@ pub fn gradients<F: Float, B: Float, G: Float, N: Size>(
             let (key, query) = (rows.a[at], rows.b[at]);
             let beta_i = F4::new(betas[i]);
 
-            // Towards earlier rows: q as it reads, k as it erases.
-            let mut reads = u[m] * F4::new(from_start);
-            let mut erases = e[m] * F4::new(-from_start);
-            for j in 0..chunk {
-                if comptime!(per_channel) {
-                    let d = select(j <= i, rows.c[j * SLICE_LD + c], F4::new(1.0f32));
-                    reads *= d;
-                    erases *= d;
-                }
-                let b = select(j < first, betas[j], 0.0f32);
-                reads = fma(F4::new(b * y[i * ld + j]), rows.a[j * SLICE_LD + c], reads);
-                erases = fma(F4::new(-b * x[i * ld + j]), rows.a[j * SLICE_LD + c], erases);
-            }
-            // Towards later rows: k as it writes.
-            let mut ends = w[m] * F4::new(to_end);
-            let mut writes = F4::new(0.0f32);
-            for up in 0..chunk {
-                let l = chunk - 1 - up;
-                let far = l >= next;
-                let to_read = select(far, y[l * ld + i], 0.0f32);
-                let to_key = select(far, -x[l * ld + i], 0.0f32);
-                writes = fma(F4::new(to_read), rows.b[l * SLICE_LD + c], writes);
-                writes = fma(F4::new(to_key), rows.a[l * SLICE_LD + c], writes);
-                if comptime!(per_channel) {
-                    let d = select(l > i, rows.c[l * SLICE_LD + c], F4::new(1.0f32));
-                    writes *= d;
-                    ends *= d;
-                }
-            }
-            let a_i = query * reads + key * erases - beta_i * key * writes;
-            let b_i = beta_i * key * ends;
-
-            // Inside the token, where nothing decays.
-            let mut written = writes + ends;
-            #[unroll]
-            for off in 0..n_h {
-                if i >= first + off {
-                    let j = i - off;
-                    let b = betas[j];
-                    reads = fma(F4::new(b * y[i * ld + j]), rows.a[j * SLICE_LD + c], reads);
-                    erases = fma(F4::new(-b * x[i * ld + j]), rows.a[j * SLICE_LD + c], erases);
-                }
-                let l = i + off;
-                if l < next && l < chunk {
-                    written = fma(F4::new(y[l * ld + i]), rows.b[l * SLICE_LD + c], written);
-                    written = fma(F4::new(-x[l * ld + i]), rows.a[l * SLICE_LD + c], written);
-                }
-            }
+            let base = Paths {
+                reads: u[m] * F4::new(from_start),
+                erases: e[m] * F4::new(-from_start),
+                writes: F4::new(0.0f32),
+                ends: w[m] * F4::new(to_end),
+            };
+            let far = between_tokens(base, &rows, &y, &x, &betas, i, c, first, next, bp);
+            let a_i = query * far.reads + key * far.erases - beta_i * key * far.writes;
+            let b_i = beta_i * key * far.ends;
+            let all = inside_token(far, &rows, &y, &x, &betas, i, c, first, next, bp);
+            let written = all.writes + all.ends;
 
             let channel = slice * SLICE4 + c;
             let row4 = comptime!(bp.padded_key_dim() / 4);
-            scratch[record + comptime!(bp.dk_at()) + i * row4 + channel] = erases + beta_i * written;
+            scratch[record + comptime!(bp.dk_at()) + i * row4 + channel] = all.erases + beta_i * written;
             if is_read {
                 let read = (step0 + i) / n_h - step0 / n_h;
-                scratch[record + comptime!(bp.dq_at()) + read * row4 + channel] = reads * F4::new(scale);
+                scratch[record + comptime!(bp.dq_at()) + read * row4 + channel] = all.reads * F4::new(scale);
             }
             d_beta_part = dot(key, written, d_beta_part);
             if comptime!(per_channel) {
@@ -341,199 +305,6 @@ pub fn gradients<F: Float, B: Float, G: Float, N: Size>(
             }
         }
     }
-}
-
-/// Three tiles of the chunk's rows, 32 channels wide: of R, dV and dO while value channels are summed over, then of
-/// keys, queries and decays.
-#[derive(CubeType)]
-struct Rows {
-    a: SharedMemory<F4>,
-    b: SharedMemory<F4>,
-    c: SharedMemory<F4>,
-}
-
-/// Fills the rows with slice `v` of R, dV and, where a token ends, dO.
-#[cube]
-fn load_rows<F: Float, N: Size>(
-    d_o: &Array<Vector<F, N>>,
-    scratch: &Array<F4>,
-    rows: &mut Rows,
-    d_o_at: Strides,
-    here: Chunk,
-    hv: usize,
-    record: usize,
-    v: usize,
-    #[comptime] bp: Blueprint,
-) {
-    let n_h = comptime!(bp.spec.micro_steps);
-    let row4 = comptime!(bp.row4());
-    let mut z = UNIT_POS as usize;
-    while z < comptime!(bp.chunk * SLICE4) {
-        let row = z / SLICE4;
-        let c = z % SLICE4;
-        let at = row * row4 + v * SLICE4 + c;
-        let to = row * SLICE_LD + c;
-        let mut r = F4::new(0.0f32);
-        let mut dv = F4::new(0.0f32);
-        if v * SLICE4 + c < row4 {
-            r = scratch[record + comptime!(bp.r_at()) + at];
-            dv = scratch[record + comptime!(bp.dv_at()) + at];
-        }
-        rows.a[to] = r;
-        rows.b[to] = dv;
-        let step = here.step0 + row;
-        let is_read = row < here.rows && (step + 1) % n_h == 0;
-        let from = d_o_at.at(here.row, here.start + step / n_h, hv);
-        rows.c[to] = load4(d_o, from, v * SLICE + 4 * c, is_read, bp.spec.value_dim);
-        z += bp.prepare_units();
-    }
-}
-
-/// Y and X, zero above the diagonal (X on it, too).
-#[cube]
-fn grams<F: Float, N: Size>(
-    d_o: &Array<Vector<F, N>>,
-    scratch: &Array<F4>,
-    rows: &mut Rows,
-    y: &mut SharedMemory<f32>,
-    x: &mut SharedMemory<f32>,
-    d_o_at: Strides,
-    here: Chunk,
-    hv: usize,
-    record: usize,
-    i: usize,
-    part: usize,
-    #[comptime] bp: Blueprint,
-) {
-    let parts = comptime!(bp.parts);
-    let count = comptime!(bp.chunk / bp.parts);
-    let ld = comptime!(bp.chunk + 1);
-    let mut ys = Array::<f32>::new(count);
-    let mut xs = Array::<f32>::new(count);
-    #[unroll]
-    for n in 0..count {
-        ys[n] = 0.0f32;
-        xs[n] = 0.0f32;
-    }
-    for v in 0..comptime!(bp.value_slices()) {
-        load_rows(d_o, scratch, rows, d_o_at, here, hv, record, v, bp);
-        sync_cube();
-        for c in 0..SLICE4 {
-            let dv = rows.b[i * SLICE_LD + c];
-            let d = rows.c[i * SLICE_LD + c];
-            #[unroll]
-            for n in 0..count {
-                let r = rows.a[(part + parts * n) * SLICE_LD + c];
-                ys[n] = dot(d, r, ys[n]);
-                xs[n] = dot(dv, r, xs[n]);
-            }
-        }
-        sync_cube();
-    }
-    #[unroll]
-    for n in 0..count {
-        let j = part + parts * n;
-        y[i * ld + j] = select(j <= i, ys[n], 0.0f32);
-        x[i * ld + j] = select(j < i, xs[n], 0.0f32);
-    }
-}
-
-/// What passes through the states on 32 key channels: `u = dO S0^T`, `e = dV S0^T`, `w = R dS^T`, and in `whole`
-/// the rows of `dS . S0`, summed.
-#[cube]
-fn through_states<F: Float, N: Size>(
-    d_o: &Array<Vector<F, N>>,
-    scratch: &Array<F4>,
-    rows: &mut Rows,
-    s: &mut SharedMemory<F4>,
-    ds: &mut SharedMemory<F4>,
-    whole: &mut SharedMemory<f32>,
-    u: &mut Array<F4>,
-    e: &mut Array<F4>,
-    w: &mut Array<F4>,
-    d_o_at: Strides,
-    here: Chunk,
-    hv: usize,
-    record: usize,
-    slice: usize,
-    i: usize,
-    part: usize,
-    #[comptime] bp: Blueprint,
-) {
-    let units = comptime!(bp.prepare_units());
-    let parts = comptime!(bp.parts);
-    let owned = comptime!(SLICE4 / bp.parts);
-    let row4 = comptime!(bp.row4());
-    let fetched = comptime!(SLICE * SLICE4 / bp.prepare_units());
-    let unit = UNIT_POS as usize;
-    #[unroll]
-    for m in 0..owned {
-        u[m] = F4::new(0.0f32);
-        e[m] = F4::new(0.0f32);
-        w[m] = F4::new(0.0f32);
-    }
-    let mut products = Array::<f32>::new(fetched);
-    #[unroll]
-    for n in 0..fetched {
-        products[n] = 0.0f32;
-    }
-    for v in 0..comptime!(bp.value_slices()) {
-        load_rows(d_o, scratch, rows, d_o_at, here, hv, record, v, bp);
-        #[unroll]
-        for n in 0..fetched {
-            let z = unit + n * units;
-            let key = z / SLICE4;
-            let c = z % SLICE4;
-            let at = (slice * SLICE + key) * row4 + v * SLICE4 + c;
-            let mut before = F4::new(0.0f32);
-            let mut after = F4::new(0.0f32);
-            if v * SLICE4 + c < row4 {
-                before = scratch[record + comptime!(bp.state_at()) + at];
-                after = scratch[record + comptime!(bp.d_state_at()) + at];
-            }
-            s[key * SLICE_LD + c] = before;
-            ds[key * SLICE_LD + c] = after;
-            products[n] = dot(before, after, products[n]);
-        }
-        sync_cube();
-        for c in 0..SLICE4 {
-            let r = rows.a[i * SLICE_LD + c];
-            let dv = rows.b[i * SLICE_LD + c];
-            let d = rows.c[i * SLICE_LD + c];
-            #[unroll]
-            for m in 0..owned {
-                let mut um = u[m];
-                let mut em = e[m];
-                let mut wm = w[m];
-                #[unroll]
-                for lane in 0..4usize {
-                    let at = (4 * (part + parts * m) + lane) * SLICE_LD + c;
-                    um[lane] = dot(d, s[at], um[lane]);
-                    em[lane] = dot(dv, s[at], em[lane]);
-                    wm[lane] = dot(r, ds[at], wm[lane]);
-                }
-                u[m] = um;
-                e[m] = em;
-                w[m] = wm;
-            }
-        }
-        sync_cube();
-    }
-    #[unroll]
-    for n in 0..fetched {
-        let z = unit + n * units;
-        s[z / SLICE4 * SLICE_LD + z % SLICE4] = F4::new(products[n]);
-    }
-    sync_cube();
-    if unit < SLICE {
-        let mut sum = 0.0f32;
-        for c in 0..SLICE4 {
-            sum += s[unit * SLICE_LD + c][0];
-        }
-        whole[unit] = sum;
-    }
-    // Before `s` and the rows are filled again.
-    sync_cube();
 }
 
 /// The sum of a row's parts, in their order, for the units of part 0. Ends with a barrier.

@@ -5,6 +5,7 @@ pub mod collect;
 pub mod gradients;
 mod inverse;
 pub mod prepare;
+mod rows;
 pub mod scan;
 pub mod sweep;
 mod tile;
