@@ -22,6 +22,7 @@ mod device;
 mod host;
 mod mma;
 mod portable;
+mod split;
 mod tensors;
 
 pub use device::client;
@@ -108,8 +109,8 @@ pub fn forward_into<R: Runtime>(
 
     let call =
         Call { problem, options, dtypes, q, k, v, beta, g, a_log, dt_bias, initial_state, o, final_state };
-    match mma::blueprint(client, &call) {
-        Some(blueprint) => mma::launch(client, &call, blueprint),
+    match mma::plan(client, &call) {
+        Some(plan) => mma::launch(client, &call, plan),
         None => portable::launch(client, &call),
     }
 }

@@ -16,6 +16,7 @@
 mod blueprint;
 mod channel;
 mod chunk;
+pub mod combine;
 mod gates;
 mod gram;
 mod scan;
@@ -23,7 +24,7 @@ mod stage;
 mod state;
 mod tile;
 
-pub use blueprint::{Blueprint, CHUNK};
+pub use blueprint::{Blueprint, CHUNK, Pass};
 
 use cubecl::prelude::*;
 
@@ -201,6 +202,9 @@ pub fn prepare<F: Float, B: Float, G: Float>(
 /// Cube `p` takes value tile `p % tiles`, head `p / tiles % heads` and sequence `p / (tiles * heads)`.
 /// Tensors that the blueprint does not mention may be any buffer; `tokens` counts those of a row, unless sequences
 /// are packed.
+///
+/// Where sequences are split, the table lists `segments` in place of sequences: first the last one of each sequence,
+/// which leaves its final state, then the inner ones, of which alone the transfer is taken.
 #[cube(launch_unchecked, fast_math = FastMath::all(), address_type = "u64")]
 pub fn forward<F: Float, B: Float, G: Float>(
     q: &Array<Vector<F, V8>>,
@@ -226,6 +230,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
     final_at: StateStrides,
     tokens: u32,
     sequences: u32,
+    segments: u32,
     heads: u32,
     group: u32,
     scale: f32,
@@ -234,8 +239,10 @@ pub fn forward<F: Float, B: Float, G: Float>(
     #[define(F, B, G)] _types: [StorageType; 3],
 ) {
     let tiles = comptime!(bp.value_tiles());
-    let cube = CUBE_POS;
-    if cube >= (sequences * heads) as usize * tiles {
+    let first = if comptime!(bp.pass == Pass::Transfer) { sequences } else { 0u32.runtime() };
+    let end = if comptime!(bp.pass == Pass::Whole) { sequences } else { segments };
+    let cube = CUBE_POS + (first * heads) as usize * tiles;
+    if cube >= (end * heads) as usize * tiles {
         terminate!();
     }
     let n = cube / (tiles * heads as usize);
@@ -283,7 +290,9 @@ pub fn forward<F: Float, B: Float, G: Float>(
             scan_chunk::<F>(&mma, &mut tile, &factors, &mut state, at_stage * stage, to, from, at, bp);
         }
         sync_cube();
-        store_state(&state, final_state, &final_at, &place, at, bp);
+        if comptime!(bp.pass != Pass::Segments) || n < sequences as usize {
+            store_state(&state, final_state, &final_at, &place, at, bp);
+        }
     } else {
         let unit = (UNIT_POS as usize - 32 * scanners) % GROUP_UNITS;
         let group = (UNIT_POS as usize - 32 * scanners) / GROUP_UNITS;

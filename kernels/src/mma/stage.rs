@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{BLOCK_UNITS, Blueprint, CHUNK, GROUP_UNITS, TILE};
+use super::blueprint::{BLOCK_UNITS, Blueprint, CHUNK, GROUP_UNITS, Pass, TILE};
 use super::tile::{Tile, V8};
 use crate::record::{Sequence, Strides, sequence};
 
@@ -10,14 +10,14 @@ use crate::record::{Sequence, Strides, sequence};
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Place {
     pub(crate) seq: Sequence,
-    /// Index of the sequence.
+    /// Index of the sequence, or of the segment.
     pub(crate) n: usize,
     /// Key head.
     pub(crate) h: usize,
     /// Value head, of `heads`.
     pub(crate) hv: usize,
     pub(crate) heads: usize,
-    /// First value channel.
+    /// First value channel, or row of the transfer behind them.
     pub(crate) v0: usize,
     /// Micro-steps of the sequence.
     pub(crate) steps: usize,
@@ -170,7 +170,7 @@ pub(crate) fn send_for<F: Float>(
             fetch_all::<F>(records, at, parcel, unit, comptime!(key_rows(bp)));
             at += comptime!(key_rows(bp).units());
             fetch_all::<F>(records, at, parcel, unit, comptime!(query_rows(bp)));
-            at += comptime!(query_rows(bp).units());
+            at += comptime!(query_rows(bp.recorded()).units());
             fetch_all::<F>(records, at, parcel, unit, comptime!(decayed_key_rows(bp)));
             at += comptime!(decayed_key_rows(bp).units());
         } else {
@@ -188,17 +188,32 @@ pub(crate) fn send_for<F: Float>(
         }
         let from = (strides.v.at(seq.row, seq.start * n_h + step0, place.hv) + place.v0) / 8;
         let last_row = (place.steps - 1 - step0) as u32;
-        let last_col = ((bp.spec.value_dim - place.v0) / 8 - 1) as u32;
-        fetch_rows::<F>(
-            v,
-            from,
-            strides.v.t / 8,
-            last_row,
-            last_col,
-            parcel,
-            unit,
-            comptime!(value_rows(bp)),
-        );
+        if comptime!(bp.pass == Pass::Transfer) {
+            let values = comptime!(bp.spec.value_dim).runtime();
+            let cols = (select(place.v0 < values, values - place.v0, 0usize) / 8) as u32;
+            fetch_or_zero::<F>(
+                v,
+                from,
+                strides.v.t / 8,
+                last_row,
+                cols,
+                parcel,
+                unit,
+                comptime!(value_rows(bp)),
+            );
+        } else {
+            let last_col = ((bp.spec.value_dim - place.v0) / 8 - 1) as u32;
+            fetch_rows::<F>(
+                v,
+                from,
+                strides.v.t / 8,
+                last_row,
+                last_col,
+                parcel,
+                unit,
+                comptime!(value_rows(bp)),
+            );
+        }
     }
 }
 
@@ -221,6 +236,31 @@ fn fetch_rows<F: Float>(
         let col = u32::min(i % comptime!(rows.cols as u32), last_col);
         let at = from + (row * stride + col) as usize;
         parcel.units[comptime!(rows.first + round)] = src[at];
+    }
+}
+
+/// Rows past `last_row` repeat the last one; columns from `cols` on are zero.
+#[cube]
+fn fetch_or_zero<F: Float>(
+    src: &Array<Vector<F, V8>>,
+    from: usize,
+    stride: u32,
+    last_row: u32,
+    cols: u32,
+    parcel: &mut Parcel<F>,
+    unit: usize,
+    #[comptime] rows: Rows,
+) {
+    #[unroll]
+    for round in 0..comptime!(rows.rounds()) {
+        let i = unit as u32 + comptime!((round * GROUP_UNITS) as u32);
+        let row = u32::min(i / comptime!(rows.cols as u32), last_row);
+        let col = i % comptime!(rows.cols as u32);
+        let mut x = Vector::<F, V8>::cast_from(0.0f32);
+        if col < cols {
+            x = src[from + (row * stride + col) as usize];
+        }
+        parcel.units[comptime!(rows.first + round)] = x;
     }
 }
 
