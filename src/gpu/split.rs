@@ -22,13 +22,13 @@ pub(super) struct Split {
     pub(super) segments: Blueprint,
 }
 
-// Microseconds on an H200, from the table and the experiments in docs/performance.md; K = 128, and what depends on it
-// in proportion.
+// Microseconds on an H200 at K = 128, from docs/performance.md. What depends on K is taken to be in proportion.
 
-/// A cube takes a chunk in this time and that of its rows of $S^T$: 32 rows 0.8, 64 rows 1.05, 128 rows 1.6 together.
-const CHUNK_TIME: f64 = 0.55;
-const ROW_TIME: f64 = 0.008;
-/// Of the products of a chunk, those that are not reads.
+/// A prepared chunk costs a cube this, and its rows of $S^T$ so much each: measured were 0.74 for 16 rows, 0.88 for 32,
+/// 1.05 for 64 and 1.56 for 128. A multiprocessor runs one cube at a time.
+const CHUNK_TIME: f64 = 0.62;
+const ROW_TIME: f64 = 0.0073;
+/// The instructions per row that are left without reads: 35 of 54. Not measured.
 const WITHOUT_READS: f64 = 0.65;
 /// All multiprocessors prepare a chunk of one head: one gate per head or none, and gates per channel.
 const PREPARE_TIME: [f64; 2] = [0.0073, 0.029];
@@ -43,9 +43,7 @@ const WORTH: f64 = 0.8;
 /// Bytes of scratch per micro-step and value head that a split may take, records included.
 const MAX_SCRATCH: usize = 1024;
 
-/// The fastest split in blueprints of `transfers` and `segments`, or nothing where `whole` sequences are about as fast:
-/// the longer of the longest chain of chunks and the work of a multiprocessor, once for each launch, and for a split in
-/// full rounds of cubes.
+/// The fastest split in blueprints of `transfers` and `segments`, or nothing where `whole` sequences are about as fast.
 pub(super) fn split(
     problem: &Problem,
     whole: &Blueprint,
@@ -53,48 +51,89 @@ pub(super) fn split(
     segments: &[Blueprint],
     multiprocessors: usize,
 ) -> Option<Split> {
-    let spec = whole.spec;
-    let heads = problem.shape().value_heads;
-    let lengths: Vec<usize> =
-        (0..problem.sequences()).map(|n| chunks(problem.sequence(n).len * spec.micro_steps)).collect();
-    let (longest, total) = (*lengths.iter().max()?, lengths.iter().sum::<usize>());
-    let per_multiprocessor = |work: usize| work as f64 / multiprocessors as f64;
-    let by_channel = spec.decay == Decay::Channel;
-    let prepare = (total * heads * spec.key_dim) as f64 / 128.0 * PREPARE_TIME[by_channel as usize];
-    let whole_time = (longest as f64).max(per_multiprocessor(total * heads * whole.value_tiles()))
-        * chunk_time(whole)
-        + if whole.prepared { prepare } else { 0.0 };
-
-    let candidate = |parts: usize| -> Option<(f64, Split)> {
-        let segment = longest.div_ceil(parts).next_multiple_of(alignment(spec.micro_steps));
-        let inner: usize = lengths.iter().map(|&n| inner_segments(n, segment)).sum();
-        let all = inner + (total - inner * segment).div_ceil(segment);
-        let launch = |bp: &Blueprint, n: usize| {
-            per_multiprocessor(n * heads * bp.value_tiles()).ceil() * segment as f64 * chunk_time(bp)
-        };
-        let fastest = |bps: &[Blueprint], n| {
-            let times = bps.iter().map(|bp| (launch(bp, n), *bp));
-            times.min_by(|a, b| a.0.total_cmp(&b.0))
-        };
-        let (transfer_time, transfer) = fastest(transfers, inner)?;
-        let (segments_time, segments) = fastest(segments, all)?;
-        let steps = inner_segments(longest, segment) as f64;
-        let combine_time =
-            steps.max(per_multiprocessor(inner * heads * combine::tiles(&spec))) * COMBINE_TIME;
-        let time = prepare + transfer_time + combine_time + segments_time + LAUNCH_TIME;
-        let (units, floats) = segments.record();
-        let records = total * (16 * units + 4 * floats);
-        let scratch = records + slot_bytes(&spec) * (inner + lengths.len());
-        let fits = scratch <= MAX_SCRATCH * problem.steps() * problem.shape().batch;
-        let split = Split { segment, count: inner + lengths.len(), transfer, segments };
-        (inner > 0 && fits && time <= WORTH * whole_time).then_some((time, split))
+    let chunks = |n| (problem.sequence(n).len * whole.spec.micro_steps).div_ceil(CHUNK);
+    let work = Work {
+        spec: whole.spec,
+        heads: problem.shape().value_heads,
+        multiprocessors,
+        sequences: (0..problem.sequences()).map(chunks).collect(),
     };
-    let best = SEGMENTS.into_iter().filter_map(candidate).min_by(|a, b| a.0.total_cmp(&b.0));
-    best.map(|(_, split)| split)
+    let enough = WORTH * work.whole_time(whole);
+    let max_scratch = MAX_SCRATCH * problem.shape().batch * problem.steps();
+    let timed = SEGMENTS.into_iter().filter_map(|parts| work.split_time(parts, transfers, segments));
+    timed
+        .filter(|(time, split)| *time <= enough && work.scratch(split) <= max_scratch)
+        .min_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, split)| split)
 }
 
-fn chunks(steps: usize) -> usize {
-    steps.div_ceil(CHUNK)
+/// The sequences of a call, by their chunks, and who shares them.
+///
+/// A launch takes as long as its longest chain of chunks, or as the work that each multiprocessor gets. In doubt whole
+/// sequences win: their work is dealt out evenly, that of a split in full rounds of cubes.
+struct Work {
+    spec: Spec,
+    heads: usize,
+    multiprocessors: usize,
+    sequences: Vec<usize>,
+}
+
+impl Work {
+    fn longest(&self) -> usize {
+        self.sequences.iter().copied().max().unwrap_or(0)
+    }
+
+    fn total(&self) -> usize {
+        self.sequences.iter().sum()
+    }
+
+    /// What each multiprocessor gets of `n` things for every head.
+    fn share(&self, n: usize) -> f64 {
+        (n * self.heads) as f64 / self.multiprocessors as f64
+    }
+
+    fn prepare_time(&self) -> f64 {
+        let time = PREPARE_TIME[(self.spec.decay == Decay::Channel) as usize];
+        (self.total() * self.heads * self.spec.key_dim) as f64 / 128.0 * time
+    }
+
+    fn whole_time(&self, bp: &Blueprint) -> f64 {
+        let chunks = self.share(self.total() * bp.value_tiles()).max(self.longest() as f64);
+        chunks * chunk_time(bp) + if bp.prepared { self.prepare_time() } else { 0.0 }
+    }
+
+    /// Cuts the longest sequence into at most `parts`, and takes the fastest blueprint for each pass.
+    fn split_time(
+        &self,
+        parts: usize,
+        transfers: &[Blueprint],
+        segments: &[Blueprint],
+    ) -> Option<(f64, Split)> {
+        let longest = self.longest();
+        let segment = longest.div_ceil(parts).max(1).next_multiple_of(alignment(self.spec.micro_steps));
+        let inner: usize = self.sequences.iter().map(|&n| inner_segments(n, segment)).sum();
+        if inner == 0 {
+            return None;
+        }
+        let fastest = |bps: &[Blueprint], n: usize| {
+            let time =
+                |bp: &Blueprint| self.share(n * bp.value_tiles()).ceil() * segment as f64 * chunk_time(bp);
+            bps.iter().map(|bp| (time(bp), *bp)).min_by(|a, b| a.0.total_cmp(&b.0))
+        };
+        let last = (self.total() - inner * segment).div_ceil(segment);
+        let (transfer_time, transfer) = fastest(transfers, inner)?;
+        let (segments_time, segments) = fastest(segments, inner + last)?;
+        let steps =
+            self.share(inner * combine::tiles(&self.spec)).max(inner_segments(longest, segment) as f64);
+        let time = self.prepare_time() + transfer_time + steps * COMBINE_TIME + segments_time + LAUNCH_TIME;
+        Some((time, Split { segment, count: inner + self.sequences.len(), transfer, segments }))
+    }
+
+    /// Bytes of scratch for each head.
+    fn scratch(&self, split: &Split) -> usize {
+        let (units, floats) = split.segments.record();
+        self.total() * (16 * units + 4 * floats) + split.count * slot_bytes(&self.spec)
+    }
 }
 
 /// Segments of a sequence of `chunks` chunks that have another one behind them.

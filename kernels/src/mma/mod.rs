@@ -1,4 +1,4 @@
-//! The delta rule on tensor cores, in one launch or two.
+//! The delta rule on tensor cores, in one launch, two or four.
 //!
 //! A cube of [`forward`](mod@forward) takes a sequence, a value head and a tile of value channels, and walks through the
 //! chunks. Some planes hold the state, which never leaves their registers, and take it through chunk c (`scan.rs`); the
@@ -12,6 +12,17 @@
 //!
 //! Where several cubes share a head, and for gates per channel (`channel.rs`), [`prepare`](mod@prepare) does its part
 //! for all chunks beforehand, and the other planes only fetch and store.
+//!
+//! Where long sequences have few heads they are split into segments ([`Pass`]). Rows of $S^T$ (value channels) do not
+//! know of each other, and a chunk takes each through the same affine map: a segment is $S^T \leftarrow S^T A + N^T$.
+//!
+//! ```text
+//! forward   for each segment with another one behind it, V rows from zero: N^T, and K rows from I with values of zero: A
+//! combine   S_0 the initial state      S_{i+1}^T = S_i^T A_i + N_i^T, in f32
+//! forward   every segment from its S_i
+//! ```
+//!
+//! The three read the same records: segments end between chunks.
 
 mod blueprint;
 mod channel;

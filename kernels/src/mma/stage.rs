@@ -138,10 +138,10 @@ pub(crate) fn send_for_keys<F: Float>(
     let seq = place.seq;
     let from = strides.k.at(seq.row, seq.start * n_h + step0, place.h) / 8;
     let last = (place.steps - 1 - step0) as u32;
-    fetch_rows::<F>(k, from, strides.k.t / 8, last, 1000u32, parcel, unit, comptime!(key_rows(bp)));
+    fetch_rows::<F>(k, from, strides.k.t / 8, last, 1000u32, parcel, unit, comptime!(key_rows(bp)), false);
     let from = strides.q.at(seq.row, seq.start + token0, place.h) / 8;
     let last = (seq.tokens - 1 - token0) as u32;
-    fetch_rows::<F>(q, from, strides.q.t / 8, last, 1000u32, parcel, unit, comptime!(query_rows(bp)));
+    fetch_rows::<F>(q, from, strides.q.t / 8, last, 1000u32, parcel, unit, comptime!(query_rows(bp)), false);
 }
 
 /// Sends for all that `forward` needs of chunk `c`: the values, and the keys and queries or their record. Past the
@@ -188,60 +188,22 @@ pub(crate) fn send_for<F: Float>(
         }
         let from = (strides.v.at(seq.row, seq.start * n_h + step0, place.hv) + place.v0) / 8;
         let last_row = (place.steps - 1 - step0) as u32;
-        if comptime!(bp.pass == Pass::Transfer) {
-            let values = comptime!(bp.spec.value_dim).runtime();
-            let cols = (select(place.v0 < values, values - place.v0, 0usize) / 8) as u32;
-            fetch_or_zero::<F>(
-                v,
-                from,
-                strides.v.t / 8,
-                last_row,
-                cols,
-                parcel,
-                unit,
-                comptime!(value_rows(bp)),
-            );
+        // The rows of the transfer, behind the values, write nothing.
+        let transfer = comptime!(bp.pass == Pass::Transfer);
+        let channels = comptime!(bp.spec.value_dim).runtime();
+        let cols = if comptime!(transfer) {
+            select(place.v0 < channels, channels - place.v0, 0usize) / 8
         } else {
-            let last_col = ((bp.spec.value_dim - place.v0) / 8 - 1) as u32;
-            fetch_rows::<F>(
-                v,
-                from,
-                strides.v.t / 8,
-                last_row,
-                last_col,
-                parcel,
-                unit,
-                comptime!(value_rows(bp)),
-            );
-        }
+            (channels - place.v0) / 8
+        };
+        let values = comptime!(value_rows(bp));
+        fetch_rows::<F>(v, from, strides.v.t / 8, last_row, cols as u32, parcel, unit, values, transfer);
     }
 }
 
-/// Rows past `last_row`, and columns past `last_col`, repeat the last one.
+/// Rows past `last_row` repeat the last one, and so do columns from `cols` on, unless they are to be zeros.
 #[cube]
 fn fetch_rows<F: Float>(
-    src: &Array<Vector<F, V8>>,
-    from: usize,
-    stride: u32,
-    last_row: u32,
-    last_col: u32,
-    parcel: &mut Parcel<F>,
-    unit: usize,
-    #[comptime] rows: Rows,
-) {
-    #[unroll]
-    for round in 0..comptime!(rows.rounds()) {
-        let i = unit as u32 + comptime!((round * GROUP_UNITS) as u32);
-        let row = u32::min(i / comptime!(rows.cols as u32), last_row);
-        let col = u32::min(i % comptime!(rows.cols as u32), last_col);
-        let at = from + (row * stride + col) as usize;
-        parcel.units[comptime!(rows.first + round)] = src[at];
-    }
-}
-
-/// Rows past `last_row` repeat the last one; columns from `cols` on are zero.
-#[cube]
-fn fetch_or_zero<F: Float>(
     src: &Array<Vector<F, V8>>,
     from: usize,
     stride: u32,
@@ -250,17 +212,24 @@ fn fetch_or_zero<F: Float>(
     parcel: &mut Parcel<F>,
     unit: usize,
     #[comptime] rows: Rows,
+    #[comptime] zeros: bool,
 ) {
     #[unroll]
     for round in 0..comptime!(rows.rounds()) {
         let i = unit as u32 + comptime!((round * GROUP_UNITS) as u32);
         let row = u32::min(i / comptime!(rows.cols as u32), last_row);
         let col = i % comptime!(rows.cols as u32);
-        let mut x = Vector::<F, V8>::cast_from(0.0f32);
-        if col < cols {
-            x = src[from + (row * stride + col) as usize];
+        let at = from + (row * stride + u32::min(col, cols - 1)) as usize;
+        let to = comptime!(rows.first + round);
+        if comptime!(zeros) {
+            let mut x = Vector::<F, V8>::cast_from(0.0f32);
+            if col < cols {
+                x = src[at];
+            }
+            parcel.units[to] = x;
+        } else {
+            parcel.units[to] = src[at];
         }
-        parcel.units[comptime!(rows.first + round)] = x;
     }
 }
 

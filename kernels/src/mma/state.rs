@@ -56,22 +56,7 @@ pub(crate) fn load_state(
 ) -> Sequence<Acc> {
     let mut state = zeros(comptime!(2 * bp.held * bp.key_steps()));
     if comptime!(bp.pass == Pass::Transfer) {
-        let row = first_row(place, unit, bp);
-        #[unroll]
-        for m in 0..comptime!(bp.held) {
-            #[unroll]
-            for e in 0..2usize {
-                #[unroll]
-                for n in 0..comptime!(2 * bp.key_steps()) {
-                    let one = comptime!(bp.spec.value_dim + 8 * n) + unit.lane % 4 * 2;
-                    let this = row + comptime!(16 * m + 8 * e);
-                    let mut x = Vector::<f32, V2>::cast_from(select(this == one, 1.0f32, 0.0f32));
-                    x[1] = select(this == one + 1, 1.0f32, 0.0f32);
-                    let acc = state.index_mut(comptime!(2 * m * bp.key_steps() + n));
-                    acc[e] = x;
-                }
-            }
-        }
+        start_transfer(&mut state, place, unit, bp);
     } else if comptime!(bp.spec.has_initial_state) {
         let part = part(at, place, unit, bp);
         #[unroll]
@@ -93,6 +78,27 @@ pub(crate) fn load_state(
         }
     }
     state
+}
+
+/// Makes row V + i unit vector i.
+#[cube]
+fn start_transfer(state: &mut Sequence<Acc>, place: &Place, unit: Lane, #[comptime] bp: Blueprint) {
+    let first = first_row(place, unit, bp);
+    #[unroll]
+    for m in 0..comptime!(bp.held) {
+        #[unroll]
+        for e in 0..2usize {
+            let row = first + comptime!(16 * m + 8 * e);
+            #[unroll]
+            for n in 0..comptime!(2 * bp.key_steps()) {
+                let column = comptime!(bp.spec.value_dim + 8 * n) + unit.lane % 4 * 2;
+                let mut x = Vector::<f32, V2>::cast_from(select(row == column, 1.0f32, 0.0f32));
+                x[1] = select(row == column + 1, 1.0f32, 0.0f32);
+                let acc = state.index_mut(comptime!(2 * m * bp.key_steps() + n));
+                acc[e] = x;
+            }
+        }
+    }
 }
 
 /// Writes the state of this plane.
