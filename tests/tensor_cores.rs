@@ -92,6 +92,25 @@ fn packed_sequences_with_empty_ones() {
 }
 
 #[test]
+fn long_sequences_of_few_heads() {
+    for rule in RULES {
+        for state_layout in [StateLayout::KeyFirst, StateLayout::ValueFirst] {
+            let options = Options::new().with_state_layout(state_layout);
+            let tokens = 8200 / rule.micro_steps;
+            let problem = Problem::new(rule, shape(1, tokens, [1, 2], [128, 128])).unwrap();
+            let style = Style { state: state_layout == StateLayout::KeyFirst, ..NEGATIVE };
+            let mut sample = Sample::new(problem, style, 10);
+            check(&format!("{rule:?}, one"), &mut sample, HostDType::Bf16, &options, NEGATIVE_ERROR);
+        }
+        let offsets = [0, 0, 1, 6001, 6001, 6100, 9999].map(|n| n / rule.micro_steps);
+        let problem = Problem::new(rule, shape(1, offsets[6], [1, 1], [64, 128])).unwrap();
+        let problem = problem.with_cu_seqlens(&offsets).unwrap();
+        let mut sample = Sample::new(problem, NEGATIVE, 11);
+        check(&format!("{rule:?}, packed"), &mut sample, HostDType::Bf16, &Options::new(), NEGATIVE_ERROR);
+    }
+}
+
+#[test]
 fn extreme_gates_betas_and_keys() {
     for rule in RULES {
         for (what, style) in [
@@ -139,8 +158,14 @@ fn fused_options_and_layouts() {
 #[test]
 fn twenty_runs_give_the_same_bits() {
     let Some(client) = open() else { return };
-    for (rule, heads) in [(Rule::gated_deltanet(), 1), (Rule::gated_deltanet(), 128), (Rule::kda(), 2)] {
-        let problem = Problem::new(rule, shape(1, 140, [heads, heads], [64, 64])).unwrap();
+    for (rule, tokens, heads) in [
+        (Rule::gated_deltanet(), 140, 1),
+        (Rule::gated_deltanet(), 140, 128),
+        (Rule::kda(), 140, 2),
+        (Rule::gated_deltanet(), 8192, 2),
+        (Rule::kda(), 8192, 1),
+    ] {
+        let problem = Problem::new(rule, shape(1, tokens, [heads, heads], [64, 64])).unwrap();
         let sample = Sample::new(problem, NEGATIVE, 9);
         let run = || {
             sample.with_f32(|x| forward_host(&client, HostDType::Bf16, &sample.problem, &Options::new(), x))

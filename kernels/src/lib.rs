@@ -16,7 +16,7 @@
 //! `portable` prepares with one launch and scans with another; its decays are running products of factors in
 //! `[0, 1]`, so that no exponent is ever positive and nothing cancels (see `walk.rs`). `mma` keeps the state in
 //! registers and prepares on planes beside those that scan; gates per channel, and few heads, get a launch of
-//! their own.
+//! their own. Long sequences of few heads are split into segments there.
 //!
 //! The kernels take buffers, strides and a blueprint; they check nothing. The crate `delta-rule` does.
 

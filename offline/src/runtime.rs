@@ -45,7 +45,7 @@ pub fn take_generated() -> Vec<Generated> {
     std::mem::take(&mut GENERATED.lock().expect("no generator panicked"))
 }
 
-/// The stand-in for an H200.
+/// The stand-in for an H200: device 0 has all of its multiprocessors, device 1 a single one.
 #[derive(Debug, Clone)]
 pub struct OfflineCuda;
 
@@ -87,7 +87,7 @@ fn h200_options() -> CompilationOptions {
     }
 }
 
-fn h200_properties() -> DeviceProperties {
+fn h200_properties(multiprocessors: u32) -> DeviceProperties {
     let arch = CudaArchitecture { version: 90 };
     let hardware = HardwareProperties {
         load_width: 128,
@@ -98,7 +98,7 @@ fn h200_properties() -> DeviceProperties {
         max_cube_count: (i32::MAX as u32, 65535, 65535),
         max_units_per_cube: 1024,
         max_cube_dim: (1024, 1024, 64),
-        num_streaming_multiprocessors: Some(132),
+        num_streaming_multiprocessors: Some(multiprocessors),
         num_tensor_cores: Some(4),
         min_tensor_cores_dim: Some(8),
         num_cpu_cores: None,
@@ -122,8 +122,8 @@ fn h200_properties() -> DeviceProperties {
 }
 
 impl DeviceService for OfflineServer {
-    fn init(_id: DeviceId) -> Self {
-        let properties = h200_properties();
+    fn init(id: DeviceId) -> Self {
+        let properties = h200_properties(if id.index_id == 0 { 132 } else { 1 });
         let logger = Arc::new(ServerLogger::default());
         let memory = MemoryManagement::from_configuration(
             BytesStorage::default(),
@@ -284,6 +284,6 @@ impl Runtime for OfflineCuda {
     }
 
     fn enumerate_devices(_: u16, _: &()) -> Vec<DeviceId> {
-        vec![DeviceId::new(0, 0)]
+        vec![DeviceId::new(0, 0), DeviceId::new(0, 1)]
     }
 }

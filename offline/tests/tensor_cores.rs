@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{RULES, Way, bf16_type, compile_all, f16_type, generate};
+use common::{RULES, Way, bf16_type, compile_all, f16_type, generate, generate_for};
 use delta_rule::{BetaTransform, GateTransform, Options, Rule};
 
 #[test]
@@ -34,9 +34,25 @@ fn tensor_core_kernels_compile_without_spills() {
             );
         }
     }
+    // Long sequences of few heads are split: the transfer of segments, and the segments.
+    let mut splits = 0;
+    let mut split = |rule, tokens, heads, dims, dtype| {
+        generate_for(Way::Forward, rule, tokens, heads, dims, dtype, &plain);
+        splits += 1;
+    };
+    for rule in RULES {
+        // Wide tiles, and narrow ones.
+        split(rule, 32768, 8, [128, 128], bf16_type());
+        split(rule, 4096, 1, [128, 128], bf16_type());
+        split(rule, 32768, 2, [64, 64], f16_type());
+    }
+    for dims in [[16, 48], [80, 112], [240, 144], [256, 256]] {
+        split(Rule::gated_deltanet(), 16384, 2, dims, bf16_type());
+    }
     if let Some(kernels) = compile_all() {
         let named = |name: &str| kernels.iter().filter(|k| k.name.starts_with(name)).count();
-        assert_eq!(named("forward"), calls);
-        assert_eq!(named("forward") + named("prepare"), kernels.len());
+        assert_eq!(named("forward"), calls + 2 * splits);
+        assert_eq!(named("combine"), splits);
+        assert_eq!(named("forward") + named("prepare") + named("combine"), kernels.len());
     }
 }

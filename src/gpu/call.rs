@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 use delta_rule_kernels::{self as kernels, Spec, StateStridesLaunch, StridesLaunch};
 
+use super::split::inner_segments;
 use super::tensors::{Checked, DTypes, DeviceInputs, Role, checked};
 use super::{MIN_BUFFER, f32_type};
 use crate::host::check_presence;
@@ -134,32 +135,56 @@ pub(super) fn array<R: Runtime>(handle: &Handle, len: usize) -> ArrayArg<R> {
     unsafe { ArrayArg::from_raw_parts(handle.clone(), len) }
 }
 
-/// The sequences of a call, cut into chunks of micro-steps.
+/// The sequences of a call, or their segments, cut into chunks of micro-steps.
 pub(super) struct Table {
-    /// `[row, first token, tokens, first chunk]` of every sequence, then the sequence of every chunk.
+    /// `[row, first token, tokens, first chunk]` of every segment, then the segment of every chunk, then where the
+    /// inner segments of every sequence begin and those of the last end. The last segment of sequence n is
+    /// segment n; the inner ones, with others behind them, follow sequence by sequence.
     pub(super) entries: Vec<u32>,
+    pub(super) segments: usize,
     pub(super) chunks: usize,
 }
 
 impl Table {
+    /// Whole sequences.
     pub(super) fn new(problem: &Problem, chunk: usize) -> Result<Self> {
-        let chunks_of = |n| (problem.sequence(n).len * problem.rule().micro_steps).div_ceil(chunk);
-        let chunks: usize = (0..problem.sequences()).map(chunks_of).sum();
-        let len = 4 * problem.sequences() as u64 + chunks as u64;
+        Self::split(problem, chunk, usize::MAX / chunk)
+    }
+
+    /// Segments of `segment` chunks, which hold whole tokens, and what remains.
+    pub(super) fn split(problem: &Problem, chunk: usize, segment: usize) -> Result<Self> {
+        let sequences = problem.sequences();
+        let n_h = problem.rule().micro_steps;
+        let chunks_of = |n| (problem.sequence(n).len * n_h).div_ceil(chunk);
+        let inner_of = |n| inner_segments(chunks_of(n), segment);
+        let chunks: usize = (0..sequences).map(chunks_of).sum();
+        let segments = sequences + (0..sequences).map(inner_of).sum::<usize>();
+        let len = 4 * segments as u64 + chunks as u64 + sequences as u64 + 1;
         if len > u32::MAX as u64 {
             return Err(too_large(4 * len, 4 * u32::MAX as u64));
         }
-        let mut entries = Vec::with_capacity(len as usize);
-        let mut first = 0;
-        for n in 0..problem.sequences() {
+        let tokens = segment * chunk / n_h;
+        let (mut last, mut inner) = (Vec::with_capacity(len as usize), Vec::new());
+        let (mut of_chunk, mut ranges) = (Vec::with_capacity(chunks), vec![sequences as u32]);
+        for n in 0..sequences {
             let s = problem.sequence(n);
-            entries.extend([s.row as u32, s.start as u32, s.len as u32, first]);
-            first += chunks_of(n) as u32;
+            let entry = |i: usize, len: usize, chunk: usize| {
+                [s.row as u32, (s.start + i * tokens) as u32, len as u32, chunk as u32]
+            };
+            let first = of_chunk.len();
+            for i in 0..inner_of(n) {
+                inner.extend(entry(i, tokens, first + i * segment));
+                of_chunk.extend(std::iter::repeat_n(ranges[n] + i as u32, segment));
+            }
+            last.extend(entry(inner_of(n), s.len - inner_of(n) * tokens, of_chunk.len()));
+            of_chunk.resize(first + chunks_of(n), n as u32);
+            ranges.push(ranges[n] + inner_of(n) as u32);
         }
-        for n in 0..problem.sequences() {
-            entries.extend(std::iter::repeat_n(n as u32, chunks_of(n)));
-        }
-        Ok(Self { entries, chunks })
+        let mut entries = last;
+        entries.extend(inner);
+        entries.extend(of_chunk);
+        entries.extend(ranges);
+        Ok(Self { entries, segments, chunks })
     }
 
     pub(super) fn upload<R: Runtime>(&self, client: &ComputeClient<R>) -> Handle {

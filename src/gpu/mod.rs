@@ -10,7 +10,9 @@
 //!   bytes at a time, chunks of 32 (or no choice), and one micro-step per token if there is a gate per channel.
 //!   Operands are rounded to the data's type, sums and states are f32. One launch, or two for KDA and where few
 //!   heads are dealt out by value channels; these two share scratch of 110 bytes per micro-step and value head
-//!   (KDA at K = 128: 900).
+//!   (KDA at K = 128: 900). Long sequences of few heads are split into segments that run at once, in four launches,
+//!   with `4 K (K + V)` bytes more for each segment and value head; records and segments together take at most 1 KiB
+//!   per micro-step and value head, or there is no split.
 //! - **Portable** (every device, every shape): f32, f16 or bf16 data, arithmetic in f32. `Options::chunk_size` of 16
 //!   asks for them. Scratch is `4 (3 K' + 2 C + K' / C)` bytes per micro-step and value head, K' being K rounded up to
 //!   32 and C the chunk size (1.8 KB at K = 128), in passes over the heads of at most 1 GiB. The backward is theirs
@@ -24,6 +26,7 @@ mod device;
 mod host;
 mod mma;
 mod portable;
+mod split;
 mod tensors;
 
 pub use backward::{DeviceGradients, DeviceOutputGradients, Saved, backward, forward_saving};
@@ -86,8 +89,8 @@ pub fn forward_into<R: Runtime>(
         o: check(Ident::O, o, dtypes.data)?,
         final_state: check(Ident::FinalState, final_state, f32_type())?,
     };
-    match mma::blueprint(client, &call, &outputs) {
-        Some(blueprint) => mma::launch(client, &call, &outputs, blueprint),
+    match mma::plan(client, &call, &outputs) {
+        Some(plan) => mma::launch(client, &call, &outputs, plan),
         None => portable::forward(client, &call, &outputs),
     }
 }

@@ -15,6 +15,18 @@ pub(crate) const GROUP_UNITS: usize = 32 * GROUP;
 /// Units of 16 bytes in a 16 x 16 block.
 pub(crate) const BLOCK_UNITS: usize = 32;
 
+/// Which part of its sequences a launch of `forward` takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Pass {
+    /// All of each, from the initial to the final state.
+    Whole,
+    /// What the inner segments of split sequences do to any state: V rows of $S^T$ from zero, K rows from the identity
+    /// with values of zero, and no outputs.
+    Transfer,
+    /// Every segment, from the state that `combine` has found for it.
+    Segments,
+}
+
 /// A specialisation of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Blueprint {
@@ -30,6 +42,8 @@ pub struct Blueprint {
     pub packed: bool,
     /// Whether a launch of its own has prepared the chunks; always so for gates per channel.
     pub prepared: bool,
+    /// What is taken of the sequences.
+    pub pass: Pass,
 }
 
 impl Blueprint {
@@ -49,9 +63,14 @@ impl Blueprint {
         self.groups + 2
     }
 
-    /// Cubes that share the value channels of one head.
+    /// Rows of $S^T$ for one head: value channels, then those of the transfer.
+    pub fn rows(&self) -> usize {
+        self.spec.value_dim + if self.pass == Pass::Transfer { self.spec.key_dim } else { 0 }
+    }
+
+    /// Cubes that share the rows of one head.
     pub fn value_tiles(&self) -> usize {
-        self.spec.value_dim.div_ceil(self.value_tile)
+        self.rows().div_ceil(self.value_tile)
     }
 
     /// Shared memory of `forward` in bytes.
@@ -62,7 +81,12 @@ impl Blueprint {
     /// What the preparing launch leaves of one chunk and head: 16-byte units, and floats.
     pub fn record(&self) -> (usize, usize) {
         let rows = if self.by_channel() { 3 * CHUNK * self.spec.key_dim / 8 } else { 0 };
-        (rows + self.chunk_blocks() * BLOCK_UNITS, self.factors())
+        (rows + self.recorded().chunk_blocks() * BLOCK_UNITS, self.factors())
+    }
+
+    /// Records hold what reads need even for a pass that does not read.
+    pub(crate) fn recorded(&self) -> Self {
+        Self { pass: Pass::Whole, ..*self }
     }
 
     pub(crate) fn by_channel(&self) -> bool {
@@ -71,7 +95,11 @@ impl Blueprint {
 
     /// 16-row tiles of queries in a chunk.
     pub(crate) fn read_blocks(&self) -> usize {
-        if self.spec.micro_steps == 1 { BLOCKS } else { 1 }
+        match (self.pass, self.spec.micro_steps) {
+            (Pass::Transfer, _) => 0,
+            (_, 1) => BLOCKS,
+            _ => 1,
+        }
     }
 
     /// Steps of a product over the key channels.
@@ -133,7 +161,7 @@ impl Blueprint {
 
     /// The blocks of one chunk: the leaves of T, the erasing block below the diagonal, P.
     pub(crate) fn chunk_blocks(&self) -> usize {
-        self.p_block(self.read_blocks() - 1, BLOCKS - 1) + 1
+        (0..self.read_blocks()).map(|r| self.p_blocks(r)).sum::<usize>() + P_BLOCKS
     }
 
     /// Which block holds reads `r` and micro-steps `j`.

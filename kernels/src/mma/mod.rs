@@ -1,4 +1,4 @@
-//! The delta rule on tensor cores, in one launch or two.
+//! The delta rule on tensor cores, in one launch, two or four.
 //!
 //! A cube of [`forward`](mod@forward) takes a sequence, a value head and a tile of value channels, and walks through the
 //! chunks. Some planes hold the state, which never leaves their registers, and take it through chunk c (`scan.rs`); the
@@ -12,10 +12,22 @@
 //!
 //! Where several cubes share a head, and for gates per channel (`channel.rs`), [`prepare`](mod@prepare) does its part
 //! for all chunks beforehand, and the other planes only fetch and store.
+//!
+//! Where long sequences have few heads they are split into segments ([`Pass`]). Rows of $S^T$ (value channels) do not
+//! know of each other, and a chunk takes each through the same affine map: a segment is $S^T \leftarrow S^T A + N^T$.
+//!
+//! ```text
+//! forward   for each segment with another one behind it, V rows from zero: N^T, and K rows from I with values of zero: A
+//! combine   S_0 the initial state      S_{i+1}^T = S_i^T A_i + N_i^T, in f32
+//! forward   every segment from its S_i
+//! ```
+//!
+//! The three read the same records: segments end between chunks.
 
 mod blueprint;
 mod channel;
 mod chunk;
+pub mod combine;
 mod gates;
 mod gram;
 mod scan;
@@ -23,7 +35,7 @@ mod stage;
 mod state;
 mod tile;
 
-pub use blueprint::{Blueprint, CHUNK};
+pub use blueprint::{Blueprint, CHUNK, Pass};
 
 use cubecl::prelude::*;
 
@@ -201,6 +213,9 @@ pub fn prepare<F: Float, B: Float, G: Float>(
 /// Cube `p` takes value tile `p % tiles`, head `p / tiles % heads` and sequence `p / (tiles * heads)`.
 /// Tensors that the blueprint does not mention may be any buffer; `tokens` counts those of a row, unless sequences
 /// are packed.
+///
+/// Where sequences are split, the table lists `segments` in place of sequences: first the last one of each sequence,
+/// which leaves its final state, then the inner ones, of which alone the transfer is taken.
 #[cube(launch_unchecked, fast_math = FastMath::all(), address_type = "u64")]
 pub fn forward<F: Float, B: Float, G: Float>(
     q: &Array<Vector<F, V8>>,
@@ -226,6 +241,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
     final_at: StateStrides,
     tokens: u32,
     sequences: u32,
+    segments: u32,
     heads: u32,
     group: u32,
     scale: f32,
@@ -234,8 +250,10 @@ pub fn forward<F: Float, B: Float, G: Float>(
     #[define(F, B, G)] _types: [StorageType; 3],
 ) {
     let tiles = comptime!(bp.value_tiles());
-    let cube = CUBE_POS;
-    if cube >= (sequences * heads) as usize * tiles {
+    let first = if comptime!(bp.pass == Pass::Transfer) { sequences } else { 0u32.runtime() };
+    let end = if comptime!(bp.pass == Pass::Whole) { sequences } else { segments };
+    let cube = CUBE_POS + (first * heads) as usize * tiles;
+    if cube >= (end * heads) as usize * tiles {
         terminate!();
     }
     let n = cube / (tiles * heads as usize);
@@ -283,7 +301,9 @@ pub fn forward<F: Float, B: Float, G: Float>(
             scan_chunk::<F>(&mma, &mut tile, &factors, &mut state, at_stage * stage, to, from, at, bp);
         }
         sync_cube();
-        store_state(&state, final_state, &final_at, &place, at, bp);
+        if comptime!(bp.pass != Pass::Segments) || n < sequences as usize {
+            store_state(&state, final_state, &final_at, &place, at, bp);
+        }
     } else {
         let unit = (UNIT_POS as usize - 32 * scanners) % GROUP_UNITS;
         let group = (UNIT_POS as usize - 32 * scanners) / GROUP_UNITS;

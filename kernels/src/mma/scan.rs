@@ -323,7 +323,7 @@ fn update<F: Float>(
     }
 }
 
-/// One chunk: writes its outputs and takes the state to its end.
+/// One chunk: writes its outputs, if there are any, and takes the state to its end.
 #[cube]
 pub(crate) fn scan_chunk<F: Float>(
     mma: &Mma<F>,
@@ -340,6 +340,8 @@ pub(crate) fn scan_chunk<F: Float>(
     let mut o = zeros(comptime!(2 * bp.held * bp.read_blocks()));
     read_state::<F>(mma, tile, state, &mut x, &mut o, base, at, bp);
     let mut n = writes::<F>(mma, tile, factors, &mut x, base, from, at, bp);
-    read_writes::<F>(mma, tile, factors, &n, &mut o, outputs, from, at, bp);
+    if comptime!(bp.read_blocks() > 0) {
+        read_writes::<F>(mma, tile, factors, &n, &mut o, outputs, from, at, bp);
+    }
     update::<F>(mma, tile, factors, state, &mut n, base, from, at, bp);
 }

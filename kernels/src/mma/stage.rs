@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{BLOCK_UNITS, Blueprint, CHUNK, GROUP_UNITS, TILE};
+use super::blueprint::{BLOCK_UNITS, Blueprint, CHUNK, GROUP_UNITS, Pass, TILE};
 use super::tile::{Tile, V8};
 use crate::record::{Sequence, Strides, sequence};
 
@@ -10,14 +10,14 @@ use crate::record::{Sequence, Strides, sequence};
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Place {
     pub(crate) seq: Sequence,
-    /// Index of the sequence.
+    /// Index of the sequence, or of the segment.
     pub(crate) n: usize,
     /// Key head.
     pub(crate) h: usize,
     /// Value head, of `heads`.
     pub(crate) hv: usize,
     pub(crate) heads: usize,
-    /// First value channel.
+    /// First value channel, or row of the transfer behind them.
     pub(crate) v0: usize,
     /// Micro-steps of the sequence.
     pub(crate) steps: usize,
@@ -138,10 +138,10 @@ pub(crate) fn send_for_keys<F: Float>(
     let seq = place.seq;
     let from = strides.k.at(seq.row, seq.start * n_h + step0, place.h) / 8;
     let last = (place.steps - 1 - step0) as u32;
-    fetch_rows::<F>(k, from, strides.k.t / 8, last, 1000u32, parcel, unit, comptime!(key_rows(bp)));
+    fetch_rows::<F>(k, from, strides.k.t / 8, last, 1000u32, parcel, unit, comptime!(key_rows(bp)), false);
     let from = strides.q.at(seq.row, seq.start + token0, place.h) / 8;
     let last = (seq.tokens - 1 - token0) as u32;
-    fetch_rows::<F>(q, from, strides.q.t / 8, last, 1000u32, parcel, unit, comptime!(query_rows(bp)));
+    fetch_rows::<F>(q, from, strides.q.t / 8, last, 1000u32, parcel, unit, comptime!(query_rows(bp)), false);
 }
 
 /// Sends for all that `forward` needs of chunk `c`: the values, and the keys and queries or their record. Past the
@@ -170,7 +170,7 @@ pub(crate) fn send_for<F: Float>(
             fetch_all::<F>(records, at, parcel, unit, comptime!(key_rows(bp)));
             at += comptime!(key_rows(bp).units());
             fetch_all::<F>(records, at, parcel, unit, comptime!(query_rows(bp)));
-            at += comptime!(query_rows(bp).units());
+            at += comptime!(query_rows(bp.recorded()).units());
             fetch_all::<F>(records, at, parcel, unit, comptime!(decayed_key_rows(bp)));
             at += comptime!(decayed_key_rows(bp).units());
         } else {
@@ -188,39 +188,48 @@ pub(crate) fn send_for<F: Float>(
         }
         let from = (strides.v.at(seq.row, seq.start * n_h + step0, place.hv) + place.v0) / 8;
         let last_row = (place.steps - 1 - step0) as u32;
-        let last_col = ((bp.spec.value_dim - place.v0) / 8 - 1) as u32;
-        fetch_rows::<F>(
-            v,
-            from,
-            strides.v.t / 8,
-            last_row,
-            last_col,
-            parcel,
-            unit,
-            comptime!(value_rows(bp)),
-        );
+        // The rows of the transfer, behind the values, write nothing.
+        let transfer = comptime!(bp.pass == Pass::Transfer);
+        let channels = comptime!(bp.spec.value_dim).runtime();
+        let cols = if comptime!(transfer) {
+            select(place.v0 < channels, channels - place.v0, 0usize) / 8
+        } else {
+            (channels - place.v0) / 8
+        };
+        let values = comptime!(value_rows(bp));
+        fetch_rows::<F>(v, from, strides.v.t / 8, last_row, cols as u32, parcel, unit, values, transfer);
     }
 }
 
-/// Rows past `last_row`, and columns past `last_col`, repeat the last one.
+/// Rows past `last_row` repeat the last one, and so do columns from `cols` on, unless they are to be zeros.
 #[cube]
 fn fetch_rows<F: Float>(
     src: &Array<Vector<F, V8>>,
     from: usize,
     stride: u32,
     last_row: u32,
-    last_col: u32,
+    cols: u32,
     parcel: &mut Parcel<F>,
     unit: usize,
     #[comptime] rows: Rows,
+    #[comptime] zeros: bool,
 ) {
     #[unroll]
     for round in 0..comptime!(rows.rounds()) {
         let i = unit as u32 + comptime!((round * GROUP_UNITS) as u32);
         let row = u32::min(i / comptime!(rows.cols as u32), last_row);
-        let col = u32::min(i % comptime!(rows.cols as u32), last_col);
-        let at = from + (row * stride + col) as usize;
-        parcel.units[comptime!(rows.first + round)] = src[at];
+        let col = i % comptime!(rows.cols as u32);
+        let at = from + (row * stride + u32::min(col, cols - 1)) as usize;
+        let to = comptime!(rows.first + round);
+        if comptime!(zeros) {
+            let mut x = Vector::<F, V8>::cast_from(0.0f32);
+            if col < cols {
+                x = src[at];
+            }
+            parcel.units[to] = x;
+        } else {
+            parcel.units[to] = src[at];
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{Blueprint, TILE};
+use super::blueprint::{Blueprint, Pass, TILE};
 use super::stage::Place;
 use super::tile::{Acc, V2, zeros};
 use crate::record::StateStrides;
@@ -22,13 +22,19 @@ struct Part {
     key: usize,
     keys: usize,
     values: usize,
-    /// First value channel.
+    /// First value channel, or row of the transfer behind them.
     value: usize,
+}
+
+/// The first of the rows of $S^T$ that this unit holds.
+#[cube]
+fn first_row(place: &Place, unit: Lane, #[comptime] bp: Blueprint) -> usize {
+    place.v0 + unit.plane * comptime!(bp.held * TILE) + unit.lane / 4
 }
 
 #[cube]
 fn part(at: &StateStrides, place: &Place, unit: Lane, #[comptime] bp: Blueprint) -> Part {
-    let value = place.v0 + unit.plane * comptime!(bp.held * TILE) + unit.lane / 4;
+    let value = first_row(place, unit, bp);
     let head = place.n * at.n as usize + place.hv * at.h as usize;
     Part {
         origin: head + unit.lane % 4 * 2 * at.k as usize + value * at.v as usize,
@@ -39,7 +45,7 @@ fn part(at: &StateStrides, place: &Place, unit: Lane, #[comptime] bp: Blueprint)
     }
 }
 
-/// The state of this plane: the initial state, or zero.
+/// The state of this plane: the initial state, or zero; row V + i of a transfer begins as unit vector i.
 #[cube]
 pub(crate) fn load_state(
     from: &Array<f32>,
@@ -49,14 +55,16 @@ pub(crate) fn load_state(
     #[comptime] bp: Blueprint,
 ) -> Sequence<Acc> {
     let mut state = zeros(comptime!(2 * bp.held * bp.key_steps()));
-    if comptime!(bp.spec.has_initial_state) {
+    if comptime!(bp.pass == Pass::Transfer) {
+        start_transfer(&mut state, place, unit, bp);
+    } else if comptime!(bp.spec.has_initial_state) {
         let part = part(at, place, unit, bp);
         #[unroll]
         for m in 0..comptime!(bp.held) {
             #[unroll]
             for e in 0..2usize {
                 let mut first = part.origin + comptime!(2 * m + e) * part.values;
-                if part.value + comptime!(16 * m + 8 * e) < bp.spec.value_dim {
+                if part.value + comptime!(16 * m + 8 * e) < bp.rows() {
                     #[unroll]
                     for n in 0..comptime!(2 * bp.key_steps()) {
                         let mut x = Vector::<f32, V2>::cast_from(from[first]);
@@ -70,6 +78,27 @@ pub(crate) fn load_state(
         }
     }
     state
+}
+
+/// Makes row V + i unit vector i.
+#[cube]
+fn start_transfer(state: &mut Sequence<Acc>, place: &Place, unit: Lane, #[comptime] bp: Blueprint) {
+    let first = first_row(place, unit, bp);
+    #[unroll]
+    for m in 0..comptime!(bp.held) {
+        #[unroll]
+        for e in 0..2usize {
+            let row = first + comptime!(16 * m + 8 * e);
+            #[unroll]
+            for n in 0..comptime!(2 * bp.key_steps()) {
+                let column = comptime!(bp.spec.value_dim + 8 * n) + unit.lane % 4 * 2;
+                let mut x = Vector::<f32, V2>::cast_from(select(row == column, 1.0f32, 0.0f32));
+                x[1] = select(row == column + 1, 1.0f32, 0.0f32);
+                let acc = state.index_mut(comptime!(2 * m * bp.key_steps() + n));
+                acc[e] = x;
+            }
+        }
+    }
 }
 
 /// Writes the state of this plane.
@@ -88,7 +117,7 @@ pub(crate) fn store_state(
         #[unroll]
         for e in 0..2usize {
             let mut first = part.origin + comptime!(2 * m + e) * part.values;
-            if part.value + comptime!(16 * m + 8 * e) < bp.spec.value_dim {
+            if part.value + comptime!(16 * m + 8 * e) < bp.rows() {
                 #[unroll]
                 for n in 0..comptime!(2 * bp.key_steps()) {
                     let acc = state.index(comptime!(2 * m * bp.key_steps() + n));

@@ -1,5 +1,7 @@
 //! Generates the kernels of a call and compiles them.
 
+#![allow(dead_code, reason = "each test binary uses a part")]
+
 use cubecl::ir::StorageType;
 use cubecl::prelude::*;
 use delta_rule::gpu::{DTypes, DeviceInputs, DeviceOutputGradients, backward, forward};
@@ -38,7 +40,6 @@ fn tensor(
 
 /// What is generated: the kernels of a forward or of a backward.
 #[derive(Clone, Copy, PartialEq)]
-#[allow(dead_code, reason = "not every test binary goes both ways")]
 pub(crate) enum Way {
     Forward,
     Backward,
@@ -49,12 +50,25 @@ pub(crate) fn generate(
     way: Way,
     rule: Rule,
     value_heads: usize,
+    dims: [usize; 2],
+    dtype: StorageType,
+    options: &Options,
+) {
+    generate_for(way, rule, 64, value_heads, dims, dtype, options);
+}
+
+/// The same for one sequence of any length.
+pub(crate) fn generate_for(
+    way: Way,
+    rule: Rule,
+    tokens: usize,
+    value_heads: usize,
     [key_dim, value_dim]: [usize; 2],
     dtype: StorageType,
     options: &Options,
 ) {
     let client = OfflineCuda::client(&Default::default());
-    let shape = Shape { batch: 1, tokens: 64, heads: 1, value_heads, key_dim, value_dim };
+    let shape = Shape { batch: 1, tokens, heads: 1, value_heads, key_dim, value_dim };
     let problem = Problem::new(rule, shape).expect("a valid problem");
     let new = |ident, dtype| tensor(&client, problem.shape_of(ident), dtype);
     let f32 = f32_type();
