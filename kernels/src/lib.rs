@@ -22,8 +22,8 @@
 
 // `#[cube]` expands to public items without documentation.
 #![allow(missing_docs)]
-// Device code has `%`, and not `is_multiple_of`; its functions take their tensors one by one.
-#![allow(clippy::manual_is_multiple_of, clippy::too_many_arguments)]
+// Device code has `%` and `/`, and not `is_multiple_of` and `div_ceil`; its functions take their tensors one by one.
+#![allow(clippy::manual_is_multiple_of, clippy::manual_div_ceil, clippy::too_many_arguments)]
 
 mod math;
 pub mod mma;

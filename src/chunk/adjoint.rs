@@ -160,17 +160,19 @@ impl<T: Real> Adjoint<T> {
         for r in 0..reads {
             let row = first + r * n_h;
             let y = &mut self.y[r * rows..][..rows];
-            for j in of_token(row)..=row {
-                self.near_y[j * n_h + row - j] = y[j];
+            let token = of_token(row);
+            for (j, &y) in (token..).zip(&y[token..=row]) {
+                self.near_y[j * n_h + row - j] = y;
             }
-            y[of_token(row)..].fill(T::zero());
+            y[token..].fill(T::zero());
         }
         for i in 0..rows {
             let x = &mut self.x[i * rows..][..rows];
-            for j in of_token(i)..i {
-                self.near_x[j * n_h + i - j] = x[j];
+            let token = of_token(i);
+            for (j, &x) in (token..).zip(&x[token..i]) {
+                self.near_x[j * n_h + i - j] = x;
             }
-            x[of_token(i)..].fill(T::zero());
+            x[token..].fill(T::zero());
         }
     }
 

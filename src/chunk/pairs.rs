@@ -139,10 +139,10 @@ impl<T: Real> Pairs<'_, T> {
 
     /// $x \leftarrow \Gamma x + \sum_j a_j \Gamma_{ij} \beta_j k_j$ over a block up to row `i`.
     fn walk_up(&self, x: &mut [T], a: &[T], first: usize, i: usize) {
-        for j in first..=i {
+        for (j, &a) in (first..=i).zip(&a[first..]) {
             let key = &self.beta_k[j * self.dim..][..self.dim];
             for ((x, &d), &k) in x.iter_mut().zip(self.decay(j)).zip(key) {
-                *x = *x * d + a[j] * k;
+                *x = *x * d + a * k;
             }
         }
     }

@@ -1,19 +1,19 @@
 //! One cube per chunk and value head: the gradients of q, k, beta and g, once the states are known.
 //!
-//! With $H$ the gradient that reaches a write, in units of beta (so that nothing is divided by it):
+//! With E the key as it erases, and H as it writes, in units of beta (so that nothing is divided by it):
 //!
 //! ```text
 //! Y = tril(dO R^T)    X = stril(dV R^T)
 //! dQ_i = scale (Gamma_i0 . dO_i S0^T + sum_j<=i beta_j Y_ij Gamma_ij . K_j)
-//! dE_i =       -Gamma_i0 . dV_i S0^T - sum_j<i  beta_j X_ij Gamma_ij . K_j      k as it erases
+//! E_i  =       -Gamma_i0 . dV_i S0^T - sum_j<i  beta_j X_ij Gamma_ij . K_j      k as it erases
 //! H_j  =  Gamma_Cj . R_j dS^T + sum_i>=j Gamma_ij . (Y_ij scale Q_i - X_ij K_i)  k as it writes, over beta
-//! dK = dE + beta H      dbeta_j = K_j . H_j
+//! dK = E + beta H       dbeta_j = K_j . H_j
 //! ```
 //!
-//! The decay of row t lies in every path from a row before it to one at or after it, so that
-//! $dg_t = \sum_{i \ge t} (Q_i dQ_i + K_i dE_i - \beta_i K_i H_i) + \sum_{j<t} \beta_j K_j \Gamma_{Cj} (R_j dS^T)
-//! + \gamma \langle dS, S_0 \rangle$, in which paths that end where they begin, in one token, are left out: they
-//! would cancel, and bury what strong gates leave.
+//! The decay of row t lies in every path from a row before it to one at or after it. So dg_t is the sum of
+//! `Q_i dQ_i + K_i E_i - beta_i K_i H_i` (H without its first term) over i >= t, of
+//! `beta_j K_j Gamma_Cj (R_j dS^T)` over j < t, and of `gamma dS . S0`. Paths inside one token are left out: nothing
+//! decays on them, they would cancel, and bury what strong gates leave.
 
 use cubecl::prelude::*;
 
@@ -113,12 +113,10 @@ pub fn gradients<F: Float, B: Float, G: Float, N: Size>(
             q_factor[i] = scratch_scalars[at + 2 * chunk] * scale;
         }
         let mut d = 1.0f32;
-        if comptime!(decay == Decay::Head) {
-            if starts {
-                let (a, bias) = gate_constants(a_log, dt_bias, hv, 0usize, bp.spec);
-                let z = f32::cast_from(g[g_at.at(here.row, here.start + (step0 + i) / n_h, hv)]);
-                d = decay_of(z, a, bias, lower_bound, bp.spec.gate);
-            }
+        if comptime!(decay == Decay::Head) && starts {
+            let (a, bias) = gate_constants(a_log, dt_bias, hv, 0usize, bp.spec);
+            let z = f32::cast_from(g[g_at.at(here.row, here.start + (step0 + i) / n_h, hv)]);
+            d = decay_of(z, a, bias, lower_bound, bp.spec.gate);
         }
         head_decays[i] = d;
     }

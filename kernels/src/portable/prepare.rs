@@ -269,10 +269,8 @@ pub fn prepare<F: Float, B: Float, G: Float, N: Size>(
         }
         x += units;
     }
-    if comptime!(bp.backward) {
-        if part == 0 {
-            scratch_scalars[4 * (record + comptime!(bp.factors_at())) + i] = betas[i];
-        }
+    if comptime!(bp.backward) && part == 0 {
+        scratch_scalars[4 * (record + comptime!(bp.factors_at())) + i] = betas[i];
     }
 }
 
