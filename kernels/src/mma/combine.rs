@@ -1,7 +1,7 @@
 //! The states between the segments of split sequences.
 //!
 //! A segment is an affine map of the state: row by row, $S^T \leftarrow S^T A + N^T$. The transfer pass of
-//! [`forward`](super::forward) has left $N^T$ [V, K] and $A$ [K, K] in the slot of each inner segment. A cube takes a
+//! [`forward`](mod@super::forward) has left $N^T$ [V, K] and $A$ [K, K] in the slot of each inner segment. A cube takes a
 //! few rows of $S^T$ along the segments of its sequence, in f32, and leaves in each slot, in place of $N^T$, the state with
 //! which the segment begins.
 
