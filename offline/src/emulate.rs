@@ -110,9 +110,10 @@ fn host_source(kernel: &Generated) -> Result<String, String> {
         .collect();
     Ok(format!(
         "{}{}\nextern \"C\" bool emulate(void* const* buffers, const void* info, unsigned x, unsigned y, unsigned z, \
-         unsigned units, bool backwards) {{\n    return run_grid(x, y, z, units, backwards, [&] {{ {}({}); }});\n}}\n",
+         unsigned units, bool backwards) {{\n    return run_grid(x, y, z, units, {}, backwards, [&] {{ {}({}); }});\n}}\n",
         &source[..wrappers],
         text,
+        kernel.shared_memory,
         kernel.name,
         arguments.join(", ")
     ))

@@ -226,11 +226,23 @@ inline float __shfl_up_sync(unsigned, float x, uint32_t by) {
     return shuffle(x, lane >= by ? lane - by : lane);
 }
 
+namespace machine {
+/// What a kernel has asked for, and whether a row of a matrix lay outside.
+inline const char* shared = nullptr;
+inline size_t shared_bytes = 0;
+inline bool strayed = false;
+inline char* row_in_shared(const void* row) {
+    const char* at = (const char*)row;
+    if (at < shared || at + 16 > shared + shared_bytes) strayed = true;
+    return (char*)row;
+}
+}
+
 #define LOAD(name, transposed)                                                                       \
     inline void name(uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t& r3, const void* row) {      \
         static char operation;                                                                       \
         machine::Unit& unit = machine::units[machine::current];                                      \
-        unit.row = (char*)row;                                                                       \
+        unit.row = machine::row_in_shared(row);                                                                       \
         machine::together(&operation, [](machine::Unit* p) { machine::move_matrices(p, true, transposed); }); \
         r0 = unit.a[0], r1 = unit.a[1], r2 = unit.a[2], r3 = unit.a[3];                              \
     }
@@ -238,7 +250,7 @@ inline float __shfl_up_sync(unsigned, float x, uint32_t by) {
     inline void name(const uint32_t& r0, const uint32_t& r1, const uint32_t& r2, const uint32_t& r3, void* row) { \
         static char operation;                                                                       \
         machine::Unit& unit = machine::units[machine::current];                                      \
-        unit.row = (char*)row;                                                                       \
+        unit.row = machine::row_in_shared(row);                                                                       \
         unit.a[0] = r0, unit.a[1] = r1, unit.a[2] = r2, unit.a[3] = r3;                              \
         machine::together(&operation, [](machine::Unit* p) { machine::move_matrices(p, false, transposed); }); \
     }
@@ -278,9 +290,12 @@ inline float rsqrt(float x) { return 1.0f / std::sqrt(x); }
 
 alignas(128) unsigned char dynamic_shared_mem[232448];
 
-/// Runs a grid. Returns false when a cube does not come to its end.
+/// Runs a grid. Returns false when a cube does not come to its end, or strays from its shared memory.
 template <class Body>
-bool run_grid(unsigned x, unsigned y, unsigned z, unsigned units, bool backwards, Body body) {
+bool run_grid(unsigned x, unsigned y, unsigned z, unsigned units, size_t shared_bytes, bool backwards, Body body) {
+    machine::shared = (const char*)dynamic_shared_mem;
+    machine::shared_bytes = shared_bytes;
+    machine::strayed = false;
     static Body* kernel;
     kernel = &body;
     machine::body = [] { (*kernel)(); };
@@ -291,7 +306,7 @@ bool run_grid(unsigned x, unsigned y, unsigned z, unsigned units, bool backwards
         blockIdx = {i % x, i / x % y, i / x / y};
         // Nothing may be read that was not written before.
         std::memset(dynamic_shared_mem, 0xff, sizeof dynamic_shared_mem);
-        if (!machine::run_cube(backwards)) return false;
+        if (!machine::run_cube(backwards) || machine::strayed) return false;
     }
     return true;
 }

@@ -13,7 +13,8 @@ pub(crate) struct Gram {
     pub(crate) squares: Vector<f32, V2>,
 }
 
-/// The products of row block `block` of [K; Q] in the stage at `base` with all keys.
+/// The products of row block `block` of [K; Q] in the stage at `base` with all keys. Planes beyond the last block repeat
+/// it: what lies behind it may be the end of shared memory.
 #[cube]
 pub(crate) fn multiply_keys<F: Float>(
     mma: &Mma<F>,
@@ -23,6 +24,8 @@ pub(crate) fn multiply_keys<F: Float>(
     lane: usize,
     #[comptime] bp: Blueprint,
 ) -> Gram {
+    let last = comptime!(BLOCKS + bp.read_blocks() - 1);
+    let block = select(block < last, block, last);
     let left = base + block * comptime!(TILE * bp.key_row());
     products::<F>(mma, tile, left, base, lane, BLOCKS, bp.spec.qk_l2norm, bp)
 }
