@@ -3,6 +3,7 @@
 #[cfg(feature = "gpu")]
 mod device;
 #[cfg(feature = "cuda")]
+#[allow(dead_code, reason = "the bench of the backward prints the common table only")]
 pub(crate) mod h200;
 
 use std::time::{Duration, Instant};
