@@ -61,6 +61,9 @@ pub(crate) fn mma(
     }
 }
 
+/// Left vectors of [`mma_transposed`] that are asked for before the first is used: they come from afar.
+const AHEAD: usize = 2;
+
 /// The same with the left matrix transposed: `acc[e] += A[.., 4 * block + e]^T B[b_row0.., 4 * col..4 * col + 4]`,
 /// a sum over the first `depth` rows of both. A vector of the record now holds four rows at one depth, so a unit owns
 /// four rows that lie next to each other.
@@ -77,13 +80,30 @@ pub(crate) fn mma_transposed(
     #[comptime] height: usize,
     #[comptime] ldb: usize,
 ) {
-    for d in 0..depth {
-        let left = a[a_at + block * height + d];
-        let x = b[(b_row0 + d) * ldb + col];
+    let from = a_at + block * height;
+    let whole = depth / AHEAD;
+    for round in 0..whole {
+        let d = round * AHEAD;
+        let mut left = Array::<F4>::new(AHEAD);
         #[unroll]
-        for e in 0..4usize {
-            acc[e] = fma(F4::new(left[e]), x, acc[e]);
+        for next in 0..AHEAD {
+            left[next] = a[from + d + next];
         }
+        #[unroll]
+        for next in 0..AHEAD {
+            rank_one(acc, left[next], b[(b_row0 + d + next) * ldb + col]);
+        }
+    }
+    for d in whole * AHEAD..depth {
+        rank_one(acc, a[from + d], b[(b_row0 + d) * ldb + col]);
+    }
+}
+
+#[cube]
+fn rank_one(acc: &mut Array<F4>, left: F4, right: F4) {
+    #[unroll]
+    for e in 0..4usize {
+        acc[e] = fma(F4::new(left[e]), right, acc[e]);
     }
 }
 
