@@ -5,7 +5,7 @@ use cubecl::std::tensor::TensorHandle;
 
 use super::call::Call;
 use super::tensors::{Checked, DTypes, DeviceInputs, DeviceOutput, Role, checked};
-use super::{allocate, f32_type, forward, portable};
+use super::{allocate, f32_type, forward, mma, portable};
 use crate::{Ident, Options, Problem, Result};
 
 /// The gradients that flow into a backward call. Strides are honoured, and may be 0 outside the last dimension of
@@ -90,9 +90,15 @@ pub fn forward_saving<R: Runtime>(
 /// arguments of the gate formula, `a_log`, `dt_bias`, q and k before their norm). The result has the same bits every
 /// time. Nothing is read back or waited for.
 ///
-/// Scratch: `4 (2 K' V' / C + 3 K' + 2 C + 2 V' + 2 K')` bytes per micro-step and value head, nearly, K' and V' being
-/// K and V rounded up to 32 and C the chunk size of 32 (7.9 KB at K = V = 128), in passes over the heads of at most
-/// 1 GiB.
+/// Tensor cores take the calls whose forward they take, but not gates per channel (KDA), nor K above 128; dq, dk and dv
+/// must be rows that can be read 16 bytes at a time, as those of new buffers are. Products are rounded to the data's type
+/// before they are multiplied again, so that a gradient of g, a sum over a whole state, has an error of some $10^{-3}$ of
+/// the sums it is the difference of. Scratch is `2 V + K V / 16 + 113` bytes per micro-step and value head (1.4 KB at
+/// K = V = 128), and where heads are grouped `4 K` more.
+///
+/// Other calls take the portable kernels. Their scratch is `4 (2 K' V' / C + 3 K' + 2 C + 2 V' + 2 K')` bytes per
+/// micro-step and value head, nearly, K' and V' being K and V rounded up to 32 and C the chunk size of 32 (7.9 KB at
+/// K = V = 128), in passes over the heads of at most 1 GiB.
 ///
 /// # Errors
 /// As [`forward_into`](super::forward_into), and for gradients of the wrong shape, type or size.
@@ -142,7 +148,10 @@ pub fn backward<R: Runtime>(
         dt_bias: maybe(Ident::DtBias, &gradients.dt_bias)?,
         initial_state: write(Ident::InitialState, &gradients.initial_state)?,
     };
-    portable::backward(client, &call, &from, &to)?;
+    match mma::plan_backward(client, &call, &from, &to) {
+        Some(plan) => mma::backward(client, &call, &from, &to, plan)?,
+        None => portable::backward(client, &call, &from, &to)?,
+    }
     Ok(gradients)
 }
 

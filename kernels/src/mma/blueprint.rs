@@ -1,11 +1,12 @@
 //! Every choice that is made before a tensor-core kernel is compiled, and where things lie in shared memory.
 
+use super::tile::AHEAD;
 use crate::spec::{Decay, Spec};
 
 /// C, micro-steps per chunk: one per unit of a plane.
 pub const CHUNK: usize = 32;
 /// Rows of a tensor-core tile.
-pub(crate) const TILE: usize = 16;
+pub const TILE: usize = 16;
 /// Tiles of micro-steps in a chunk.
 pub(crate) const BLOCKS: usize = CHUNK / TILE;
 /// Planes that prepare a chunk: one for 16 rows of keys or queries.
@@ -25,6 +26,17 @@ pub enum Pass {
     Transfer,
     /// Every segment, from the state that `combine` has found for it.
     Segments,
+    /// The states and residuals once more, for the backward.
+    Replay,
+    /// The gradient of the state, backwards.
+    Unwind,
+}
+
+impl Pass {
+    /// Whether it belongs to the backward, whose records hold M in place of T (`chunk.rs`).
+    pub(crate) fn is_backward(self) -> bool {
+        matches!(self, Pass::Replay | Pass::Unwind)
+    }
 }
 
 /// A specialisation of the kernel.
@@ -73,6 +85,22 @@ impl Blueprint {
         self.rows().div_ceil(self.value_tile)
     }
 
+    /// The same for one direction of `sweep`.
+    pub(crate) fn directed(&self, pass: Pass, has_initial_state: bool) -> Self {
+        Self { pass, spec: Spec { has_initial_state, ..self.spec }, ..*self }
+    }
+
+    /// Shared memory of `sweep` in units of 16 bytes.
+    pub(crate) fn sweep_memory(&self) -> usize {
+        let of = |pass| self.directed(pass, false).units_of_memory();
+        of(Pass::Replay).max(of(Pass::Unwind))
+    }
+
+    /// Shared memory of `sweep` in bytes.
+    pub fn sweep_bytes(&self) -> usize {
+        16 * self.sweep_memory() + 4 * self.stages() * self.directed(Pass::Unwind, false).factors()
+    }
+
     /// Shared memory of `forward` in bytes.
     pub fn shared_memory(&self) -> usize {
         16 * self.units_of_memory() + 4 * self.stages() * self.factors() + 4 * BLOCKS * LEAF_PAIRS * 2
@@ -85,8 +113,8 @@ impl Blueprint {
     }
 
     /// Records hold what reads need even for a pass that does not read.
-    pub(crate) fn recorded(&self) -> Self {
-        Self { pass: Pass::Whole, ..*self }
+    pub fn recorded(&self) -> Self {
+        Self { pass: if self.pass.is_backward() { Pass::Unwind } else { Pass::Whole }, ..*self }
     }
 
     pub(crate) fn by_channel(&self) -> bool {
@@ -96,10 +124,20 @@ impl Blueprint {
     /// 16-row tiles of queries in a chunk.
     pub(crate) fn read_blocks(&self) -> usize {
         match (self.pass, self.spec.micro_steps) {
-            (Pass::Transfer, _) => 0,
+            (Pass::Transfer | Pass::Replay, _) => 0,
             (_, 1) => BLOCKS,
             _ => 1,
         }
+    }
+
+    /// Right operands that are asked for before they are needed: fewer in the backward, which holds more beside.
+    pub(crate) fn ahead(&self) -> usize {
+        if self.pass.is_backward() { AHEAD / 2 } else { AHEAD }
+    }
+
+    /// Those of queries that are multiplied by the state.
+    pub(crate) fn state_reads(&self) -> usize {
+        if self.pass.is_backward() { 0 } else { self.read_blocks() }
     }
 
     /// Steps of a product over the key channels.
@@ -143,14 +181,19 @@ impl Blueprint {
         self.stages() * self.stage()
     }
 
+    /// Rows of outputs in one chunk: reads, or micro-steps.
+    pub(crate) fn output_rows(&self) -> usize {
+        if self.pass.is_backward() { CHUNK } else { TILE * self.read_blocks() }
+    }
+
     /// The outputs of one chunk.
     pub(crate) fn outputs(&self) -> usize {
-        TILE * self.read_blocks() * self.value_row()
+        self.output_rows() * self.value_row()
     }
 
     /// Where right operand `i` of the products with [K; Q] lies: key step by key step, all rows in each.
     pub(crate) fn row_fragment(&self, i: usize) -> usize {
-        let blocks = BLOCKS + self.read_blocks();
+        let blocks = BLOCKS + self.state_reads();
         2 * (i / blocks) + i % blocks * TILE * self.key_row()
     }
 
@@ -181,7 +224,13 @@ impl Blueprint {
 
     /// Floats that go with a chunk: factors per micro-step, and the decay per channel where there is one.
     pub(crate) fn factors(&self) -> usize {
-        CHANNELS_AT + if self.by_channel() { self.spec.key_dim } else { 0 }
+        let channels = if self.by_channel() { self.spec.key_dim } else { 0 };
+        CHANNELS_AT + channels + if self.pass.is_backward() { CHUNK } else { 0 }
+    }
+
+    /// Factors that turn R into what is written: beta and the key's reciprocal norm.
+    pub(crate) fn betas_at(&self) -> usize {
+        self.factors() - CHUNK
     }
 
     /// Units of a preparing cube: for gates per channel, one for each pair of channels and half of the chunk.

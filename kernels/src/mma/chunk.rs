@@ -9,7 +9,9 @@
 //! N_1 = T_1 (V_1 - e^G . K_1 S - E N_0)   E = Gamma . K_1 K_0^T
 //! ```
 //!
-//! so that only 16 x 16 leaves are inverted, and T is never multiplied out.
+//! so that only 16 x 16 leaves are inverted, and T is never multiplied out. The backward wants the residuals
+//! themselves, R with $N = \mathrm{diag}(\rho \beta) R$: with beta on the right, $M_b = (I + A_b\,\mathrm{diag}(\beta))^{-1}$
+//! takes the place of $T_b$, and beta becomes a factor.
 
 use cubecl::prelude::*;
 
@@ -195,8 +197,12 @@ fn finish_keys<F: Float>(
     let first = block * TILE;
     let sums = at_rows(gates.sum, first + row, first + row + 8);
 
-    // The leaf on the diagonal: L_ij = beta_i rho_i rho_j Gamma_ij k_i . k_j below it.
-    let betas = at_rows(gates.beta, first + row, first + row + 8);
+    // The leaf on the diagonal: L_ij = beta_i rho_i rho_j Gamma_ij k_i . k_j below it, or with beta_j.
+    let backward = comptime!(bp.pass.is_backward());
+    let mut by = norms;
+    if comptime!(!backward) {
+        by *= at_rows(gates.beta, first + row, first + row + 8);
+    }
     let leaf = block * LEAF_PAIRS;
     #[unroll]
     for n in 0..2usize {
@@ -209,7 +215,10 @@ fn finish_keys<F: Float>(
         if comptime!(bp.spec.qk_l2norm) {
             scale_columns(&mut l, rows_at_columns(norms, lane, n));
         }
-        let l = masked(&l, row as i32 - 1, row as i32 + 7, betas * norms, n, lane);
+        if comptime!(backward) {
+            scale_columns(&mut l, at_columns(gates.beta, 2 * block + n, lane));
+        }
+        let l = masked(&l, row as i32 - 1, row as i32 + 7, by, n, lane);
         leaves[leaf + row * LEAF_ROW + 4 * n + lane % 4] = l[0];
         leaves[leaf + (row + 8) * LEAF_ROW + 4 * n + lane % 4] = l[1];
     }
@@ -226,7 +235,7 @@ fn finish_keys<F: Float>(
 
     sync_plane();
     let t = invert_row(leaves, leaf, lane % TILE);
-    // diag(rho) (I + L)^-1 diag(beta): this unit holds row `lane % 16`.
+    // diag(rho) (I + L)^-1 diag(beta), or the inverse alone: this unit holds row `lane % 16`.
     let own = lane % TILE;
     let lo = plane_shuffle(norms[0], (own % 8 * 4) as u32);
     let hi = plane_shuffle(norms[1], (own % 8 * 4) as u32);
@@ -237,6 +246,12 @@ fn finish_keys<F: Float>(
         factors[at + ERASE_AT] = rho * f32::exp(sum);
         factors[at + WRITE_AT] = f32::exp(gates.total - sum);
     }
+    if comptime!(backward) {
+        let beta = plane_shuffle(gates.beta, (first + own) as u32);
+        if lane < TILE {
+            factors[to.factors + comptime!(bp.betas_at()) + first + own] = rho * beta;
+        }
+    }
     let at = to.blocks + block * BLOCK_UNITS;
     #[unroll]
     for half in 0..2usize {
@@ -244,8 +259,12 @@ fn finish_keys<F: Float>(
         #[unroll]
         for e in 0..8usize {
             let j = comptime!(8 * half + e);
-            let b = plane_shuffle(gates.beta, (first + j) as u32);
-            x[e] = F::cast_from(rho * t[j] * b);
+            if comptime!(backward) {
+                x[e] = F::cast_from(t[j]);
+            } else {
+                let b = plane_shuffle(gates.beta, (first + j) as u32);
+                x[e] = F::cast_from(rho * t[j] * b);
+            }
         }
         if lane < TILE {
             tile[at + in_block(own, half)] = x;

@@ -10,7 +10,7 @@ use crate::spec::{BetaMap, Decay};
 
 /// Below this log decay nothing is left in f32; without the bound one gate of -10000 would cost the sums of
 /// its neighbours their digits.
-const LOWEST: f32 = -104.0;
+pub(crate) const LOWEST: f32 = -104.0;
 
 /// Beta and g of one micro-step, as the caller holds them. A unit takes the micro-step of its lane.
 #[derive(CubeType, Clone, Copy)]
@@ -89,7 +89,7 @@ pub(crate) fn gates(
 
 /// The sum over this lane and those below it.
 #[cube]
-fn running_sum(x: f32, lane: usize) -> f32 {
+pub(crate) fn running_sum(x: f32, lane: usize) -> f32 {
     let mut sum = x;
     #[unroll]
     for level in 0..5usize {

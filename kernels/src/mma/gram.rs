@@ -91,7 +91,7 @@ pub(crate) fn products<F: Float>(
 
 /// The sum over the four units that share a row.
 #[cube]
-fn over_row(x: f32) -> f32 {
+pub(crate) fn over_row(x: f32) -> f32 {
     let y = x + plane_shuffle_xor(x, 1u32);
     y + plane_shuffle_xor(y, 2u32)
 }

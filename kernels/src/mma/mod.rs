@@ -29,13 +29,16 @@ mod channel;
 mod chunk;
 pub mod combine;
 mod gates;
+pub mod gradients;
 mod gram;
 mod scan;
 mod stage;
 mod state;
+pub mod sweep;
 mod tile;
+mod unwind;
 
-pub use blueprint::{Blueprint, CHUNK, Pass};
+pub use blueprint::{Blueprint, CHUNK, Pass, TILE};
 
 use cubecl::prelude::*;
 
@@ -97,7 +100,7 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     } else {
         id / (chunks / sequences) as usize
     };
-    let seq = sequence_of(table, n, tokens, bp);
+    let seq = sequence_of(table, n, tokens, bp.packed, bp.spec.micro_steps);
     let steps = seq.tokens * comptime!(bp.spec.micro_steps);
     let place = Place {
         seq,
@@ -257,7 +260,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
         terminate!();
     }
     let n = cube / (tiles * heads as usize);
-    let seq = sequence_of(table, n, tokens, bp);
+    let seq = sequence_of(table, n, tokens, bp.packed, bp.spec.micro_steps);
     let hv = cube / tiles % heads as usize;
     let steps = seq.tokens * comptime!(bp.spec.micro_steps);
     let place = Place {

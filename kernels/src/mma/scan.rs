@@ -5,19 +5,20 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{
-    BLOCK_UNITS, BLOCKS, Blueprint, CHANNELS_AT, DECAY_AT, ERASE_AT, ERASE_BLOCK, READ_AT, TILE, WRITE_AT,
+    BLOCK_UNITS, BLOCKS, Blueprint, CHANNELS_AT, DECAY_AT, ERASE_AT, ERASE_BLOCK, Pass, READ_AT, TILE,
+    WRITE_AT,
 };
 use super::chunk::Target;
 use super::state::Lane;
 use super::tile::{
-    AHEAD, Acc, Frag, Mma, Tile, V2, by_columns, by_depth, in_block, load, mma2, scale_columns, store,
-    to_frag, zeros,
+    Acc, Frag, Mma, Tile, V2, by_columns, by_depth, in_block, load, mma2, scale_columns, store, to_frag,
+    to_parts, zeros,
 };
 use crate::spec::Decay;
 
 /// Two factors, for the columns that this unit holds of accumulator `n`.
 #[cube]
-fn factor_pair(factors: &SharedMemory<f32>, at: usize, n: usize, lane: usize) -> Vector<f32, V2> {
+pub(crate) fn factor_pair(factors: &SharedMemory<f32>, at: usize, n: usize, lane: usize) -> Vector<f32, V2> {
     let first = at + 8 * n + lane % 4 * 2;
     let mut out = Vector::<f32, V2>::cast_from(factors[first]);
     out[1] = factors[first + 1];
@@ -42,7 +43,7 @@ fn state_frags<F: Float>(
 
 /// $X^T = S^T K^T$ and $O^T = S^T Q^T$ in one pass over the state.
 #[cube]
-fn read_state<F: Float>(
+pub(crate) fn read_state<F: Float>(
     mma: &Mma<F>,
     tile: &Tile<F>,
     state: &Sequence<Acc>,
@@ -54,11 +55,11 @@ fn read_state<F: Float>(
 ) {
     let held = comptime!(bp.held);
     let rows = base + by_columns(at.lane, comptime!(bp.key_row()));
-    let blocks = comptime!(BLOCKS + bp.read_blocks());
-    let total = comptime!(bp.key_steps() * (BLOCKS + bp.read_blocks()));
+    let blocks = comptime!(BLOCKS + bp.state_reads());
+    let total = comptime!(bp.key_steps() * (BLOCKS + bp.state_reads()));
     let mut right = Sequence::<Frag<F>>::new();
     #[unroll]
-    for i in 0..comptime!(AHEAD.min(total)) {
+    for i in 0..comptime!(bp.ahead().min(total)) {
         right.push(load::<F>(mma, tile, rows + comptime!(bp.row_fragment(i)), false));
     }
     #[unroll]
@@ -67,8 +68,8 @@ fn read_state<F: Float>(
         #[unroll]
         for j in 0..blocks {
             let i = comptime!(step * blocks + j);
-            if comptime!(i + AHEAD < total) {
-                right.push(load::<F>(mma, tile, rows + comptime!(bp.row_fragment(i + AHEAD)), false));
+            if comptime!(i + bp.ahead() < total) {
+                right.push(load::<F>(mma, tile, rows + comptime!(bp.row_fragment(i + bp.ahead())), false));
             }
             if comptime!(j < BLOCKS) {
                 mma2::<F>(
@@ -100,14 +101,15 @@ fn read_state<F: Float>(
     }
 }
 
-/// N from X: $R^T = V^T - e^G X^T$, then block by block as `chunk.rs` says. Consumes X.
+/// N from X: $V^T - e^G X^T$, then block by block as `chunk.rs` says. Consumes X; a replay leaves R in shared memory.
 #[cube]
 fn writes<F: Float>(
     mma: &Mma<F>,
-    tile: &Tile<F>,
+    tile: &mut Tile<F>,
     factors: &SharedMemory<f32>,
     x: &mut Sequence<Acc>,
     base: usize,
+    outputs: usize,
     from: Target,
     at: Lane,
     #[comptime] bp: Blueprint,
@@ -139,23 +141,14 @@ fn writes<F: Float>(
             let erase = load::<F>(mma, tile, blocks + comptime!(ERASE_BLOCK * BLOCK_UNITS), false);
             mma2::<F>(mma, &written, 0usize, 1usize, &erase, x, comptime!(2 * j), per, held);
         }
-        let mut r = Sequence::<Frag<F>>::new();
-        #[unroll]
-        for m in 0..held {
-            let i = comptime!(m * per + 2 * j);
-            r.push(to_frag::<F>(x.index(i), x.index(comptime!(i + 1))));
-        }
         let leaf = load::<F>(mma, tile, blocks + comptime!(j * BLOCK_UNITS), false);
-        mma2::<F>(mma, &r, 0usize, 1usize, &leaf, &mut n, comptime!(2 * j), per, held);
-        if comptime!(bp.by_channel()) {
-            // Scaled keys have been rounded once more than plain ones; what R loses is taken along in turn.
-            let mut rest = Sequence::<Frag<F>>::new();
-            #[unroll]
-            for m in 0..held {
-                let i = comptime!(m * per + 2 * j);
-                rest.push(rest_of::<F>(x.index(i), x.index(comptime!(i + 1)), r.index(m)));
-            }
-            mma2::<F>(mma, &rest, 0usize, 1usize, &leaf, &mut n, comptime!(2 * j), per, held);
+        // Scaled keys have been rounded once more than plain ones, and gradients are made of residuals: what R loses
+        // is taken along.
+        let two = comptime!(bp.by_channel() || bp.pass == Pass::Replay);
+        multiply_leaf::<F>(mma, x, &leaf, &mut n, j, two, bp);
+        if comptime!(bp.pass == Pass::Replay) {
+            store_rows_of::<F>(mma, tile, &n, j, per, outputs, at, bp);
+            scale_pair(&mut n, factors, from.factors + comptime!(bp.betas_at()), j, per, lane, held);
         }
         if comptime!(j + 1 < BLOCKS) {
             #[unroll]
@@ -168,15 +161,78 @@ fn writes<F: Float>(
     n
 }
 
-/// What rounding took from two neighbouring accumulators, as a left operand of its own.
+/// Multiplies the columns of tokens `j` by their factors.
 #[cube]
-fn rest_of<F: Float>(lo: &Acc, hi: &Acc, rounded: &Frag<F>) -> Frag<F> {
-    let mut f = Frag::<F>::new(4usize);
-    f[0] = Vector::cast_from(lo[0] - Vector::<f32, V2>::cast_from(rounded[0]));
-    f[1] = Vector::cast_from(lo[1] - Vector::<f32, V2>::cast_from(rounded[1]));
-    f[2] = Vector::cast_from(hi[0] - Vector::<f32, V2>::cast_from(rounded[2]));
-    f[3] = Vector::cast_from(hi[1] - Vector::<f32, V2>::cast_from(rounded[3]));
-    f
+pub(crate) fn scale_pair(
+    x: &mut Sequence<Acc>,
+    factors: &SharedMemory<f32>,
+    at: usize,
+    #[comptime] j: usize,
+    #[comptime] per: usize,
+    lane: usize,
+    #[comptime] held: usize,
+) {
+    #[unroll]
+    for half in 0..2usize {
+        let by = factor_pair(factors, at, comptime!(2 * j + half), lane);
+        #[unroll]
+        for m in 0..held {
+            scale_columns(x.index_mut(comptime!(m * per + 2 * j + half)), by);
+        }
+    }
+}
+
+/// Leaves the rows of tile `j`, which are columns of `x`, in shared memory as outputs.
+#[cube]
+pub(crate) fn store_rows_of<F: Float>(
+    mma: &Mma<F>,
+    tile: &mut Tile<F>,
+    x: &Sequence<Acc>,
+    #[comptime] j: usize,
+    #[comptime] per: usize,
+    outputs: usize,
+    at: Lane,
+    #[comptime] bp: Blueprint,
+) {
+    let held = comptime!(bp.held);
+    let place = outputs + by_columns(at.lane, comptime!(bp.value_row())) + at.plane * (2 * held);
+    #[unroll]
+    for m in 0..held {
+        let i = comptime!(m * per + 2 * j);
+        let f = to_frag::<F>(x.index(i), x.index(comptime!(i + 1)));
+        store::<F>(mma, tile, place + comptime!(j * TILE * bp.value_row() + 2 * m), &f, true);
+    }
+}
+
+/// Adds tile `j` of tokens of `x` times a leaf to that of `to`, `x` in two parts if asked for.
+#[cube]
+pub(crate) fn multiply_leaf<F: Float>(
+    mma: &Mma<F>,
+    x: &Sequence<Acc>,
+    leaf: &Frag<F>,
+    to: &mut Sequence<Acc>,
+    #[comptime] j: usize,
+    #[comptime] two: bool,
+    #[comptime] bp: Blueprint,
+) {
+    let per = comptime!(2 * BLOCKS);
+    let mut left = Sequence::<Frag<F>>::new();
+    let mut rest = Sequence::<Frag<F>>::new();
+    #[unroll]
+    for m in 0..comptime!(bp.held) {
+        let i = comptime!(m * per + 2 * j);
+        if comptime!(two) {
+            let (a, b) = to_parts::<F>(x.index(i), x.index(comptime!(i + 1)));
+            left.push(a);
+            rest.push(b);
+        } else {
+            left.push(to_frag::<F>(x.index(i), x.index(comptime!(i + 1))));
+        }
+    }
+    mma2::<F>(mma, &left, 0usize, 1usize, leaf, to, comptime!(2 * j), per, bp.held);
+    if comptime!(two) {
+        mma2::<F>(mma, &rest, 0usize, 1usize, leaf, to, comptime!(2 * j), per, bp.held);
+    }
 }
 
 /// Offset of the row of a 16 x 16 block that this unit passes to `load` for a right operand.
@@ -214,17 +270,9 @@ fn read_writes<F: Float>(
         left.push(to_frag::<F>(n.index(comptime!(2 * i)), n.index(comptime!(2 * i + 1))));
     }
     let blocks = from.blocks + block_row(lane);
-    let place = outputs + by_columns(lane, comptime!(bp.value_row())) + at.plane * (2 * held);
     #[unroll]
     for r in 0..comptime!(bp.read_blocks()) {
-        #[unroll]
-        for half in 0..2usize {
-            let by = factor_pair(factors, from.factors + READ_AT, comptime!(2 * r + half), lane);
-            #[unroll]
-            for m in 0..held {
-                scale_columns(o.index_mut(comptime!(m * per + 2 * r + half)), by);
-            }
-        }
+        scale_pair(o, factors, from.factors + READ_AT, r, per, lane, held);
         #[unroll]
         for j in 0..comptime!(bp.p_blocks(r)) {
             let p = load::<F>(mma, tile, blocks + comptime!(bp.p_block(r, j) * BLOCK_UNITS), false);
@@ -233,12 +281,7 @@ fn read_writes<F: Float>(
     }
     #[unroll]
     for r in 0..comptime!(bp.read_blocks()) {
-        #[unroll]
-        for m in 0..held {
-            let i = comptime!(m * per + 2 * r);
-            let f = to_frag::<F>(o.index(i), o.index(comptime!(i + 1)));
-            store::<F>(mma, tile, place + comptime!(r * TILE * bp.value_row() + 2 * m), &f, true);
-        }
+        store_rows_of::<F>(mma, tile, o, r, per, outputs, at, bp);
     }
 }
 
@@ -257,33 +300,11 @@ fn update<F: Float>(
 ) {
     let held = comptime!(bp.held);
     let lane = at.lane;
-    let steps = comptime!(bp.key_steps());
     let keys = base
         + comptime!(if bp.by_channel() { bp.kd_at() } else { 0 })
         + by_depth(lane, comptime!(bp.key_row()));
-    let total = comptime!(BLOCKS * bp.key_steps());
-    let mut right = Sequence::<Frag<F>>::new();
-    #[unroll]
-    for i in 0..comptime!(AHEAD.min(total)) {
-        right.push(load::<F>(mma, tile, keys + comptime!(bp.depth_fragment(i)), true));
-    }
-    if comptime!(bp.spec.decay == Decay::Head) {
-        let decay = Vector::<f32, V2>::cast_from(factors[from.factors + DECAY_AT]);
-        #[unroll]
-        for i in 0..comptime!(2 * held * steps) {
-            scale_columns(state.index_mut(i), decay);
-        }
-    }
-    if comptime!(bp.by_channel()) {
-        #[unroll]
-        for n in 0..comptime!(2 * steps) {
-            let decay = factor_pair(factors, from.factors + CHANNELS_AT, n, lane);
-            #[unroll]
-            for m in 0..held {
-                scale_columns(state.index_mut(comptime!(2 * m * bp.key_steps() + n)), decay);
-            }
-        }
-    }
+    let mut right = send_for_rows::<F>(mma, tile, keys, BLOCKS, bp);
+    decay_state(state, factors, from, lane, bp);
     let mut left = Sequence::<Frag<F>>::new();
     #[unroll]
     for m in 0..held {
@@ -300,25 +321,86 @@ fn update<F: Float>(
             left.push(to_frag::<F>(n.index(i), n.index(comptime!(i + 1))));
         }
     }
+    add_rows::<F>(mma, tile, state, &left, &left, &mut right, keys, BLOCKS, false, bp);
+}
+
+/// The first right operands of [`add_rows`].
+#[cube]
+pub(crate) fn send_for_rows<F: Float>(
+    mma: &Mma<F>,
+    tile: &Tile<F>,
+    rows: usize,
+    #[comptime] blocks: usize,
+    #[comptime] bp: Blueprint,
+) -> Sequence<Frag<F>> {
+    let mut right = Sequence::<Frag<F>>::new();
     #[unroll]
-    for j in 0..BLOCKS {
+    for i in 0..comptime!(bp.ahead().min(blocks * bp.key_steps())) {
+        right.push(load::<F>(mma, tile, rows + comptime!(bp.depth_fragment(i)), true));
+    }
+    right
+}
+
+/// $S^T \leftarrow S^T + A^T B$ for `blocks` tiles of rows B of keys or queries; of A there are `blocks` tiles
+/// for each one held, and as many of its `rest` if there are `two` parts.
+#[cube]
+pub(crate) fn add_rows<F: Float>(
+    mma: &Mma<F>,
+    tile: &Tile<F>,
+    state: &mut Sequence<Acc>,
+    left: &Sequence<Frag<F>>,
+    rest: &Sequence<Frag<F>>,
+    right: &mut Sequence<Frag<F>>,
+    rows: usize,
+    #[comptime] blocks: usize,
+    #[comptime] two: bool,
+    #[comptime] bp: Blueprint,
+) {
+    let total = comptime!(blocks * bp.key_steps());
+    #[unroll]
+    for j in 0..blocks {
         #[unroll]
-        for step in 0..steps {
+        for step in 0..comptime!(bp.key_steps()) {
             let i = comptime!(j * bp.key_steps() + step);
-            if comptime!(i + AHEAD < total) {
-                right.push(load::<F>(mma, tile, keys + comptime!(bp.depth_fragment(i + AHEAD)), true));
+            if comptime!(i + bp.ahead() < total) {
+                right.push(load::<F>(mma, tile, rows + comptime!(bp.depth_fragment(i + bp.ahead())), true));
             }
-            mma2::<F>(
-                mma,
-                &left,
-                j,
-                BLOCKS,
-                right.index(i),
-                state,
-                comptime!(2 * step),
-                comptime!(2 * bp.key_steps()),
-                held,
-            );
+            let b = right.index(i);
+            let first = comptime!(2 * step);
+            mma2::<F>(mma, left, j, blocks, b, state, first, comptime!(2 * bp.key_steps()), bp.held);
+            if comptime!(two) {
+                mma2::<F>(mma, rest, j, blocks, b, state, first, comptime!(2 * bp.key_steps()), bp.held);
+            }
+        }
+    }
+}
+
+/// Takes the state through the decay of the whole chunk.
+#[cube]
+pub(crate) fn decay_state(
+    state: &mut Sequence<Acc>,
+    factors: &SharedMemory<f32>,
+    from: Target,
+    lane: usize,
+    #[comptime] bp: Blueprint,
+) {
+    let held = comptime!(bp.held);
+    let steps = comptime!(bp.key_steps());
+    if comptime!(bp.spec.decay == Decay::Head) {
+        let decay = Vector::<f32, V2>::cast_from(factors[from.factors + DECAY_AT]);
+        #[unroll]
+        for i in 0..comptime!(2 * held * steps) {
+            scale_columns(state.index_mut(i), decay);
+        }
+    }
+    if comptime!(bp.by_channel()) {
+        #[unroll]
+        for n in 0..comptime!(2 * steps) {
+            let decay = factor_pair(factors, from.factors + CHANNELS_AT, n, lane);
+            #[unroll]
+            for m in 0..held {
+                scale_columns(state.index_mut(comptime!(2 * m * bp.key_steps() + n)), decay);
+            }
         }
     }
 }
@@ -339,7 +421,7 @@ pub(crate) fn scan_chunk<F: Float>(
     let mut x = zeros(comptime!(2 * bp.held * BLOCKS));
     let mut o = zeros(comptime!(2 * bp.held * bp.read_blocks()));
     read_state::<F>(mma, tile, state, &mut x, &mut o, base, at, bp);
-    let mut n = writes::<F>(mma, tile, factors, &mut x, base, from, at, bp);
+    let mut n = writes::<F>(mma, tile, factors, &mut x, base, outputs, from, at, bp);
     if comptime!(bp.read_blocks() > 0) {
         read_writes::<F>(mma, tile, factors, &n, &mut o, outputs, from, at, bp);
     }

@@ -26,12 +26,18 @@ pub(crate) struct Place {
 
 /// Sequence `n`: a row of the batch, or an entry of the table.
 #[cube]
-pub(crate) fn sequence_of(table: &Array<u32>, n: usize, tokens: u32, #[comptime] bp: Blueprint) -> Sequence {
-    if comptime!(bp.packed) {
+pub(crate) fn sequence_of(
+    table: &Array<u32>,
+    n: usize,
+    tokens: u32,
+    #[comptime] packed: bool,
+    #[comptime] micro_steps: usize,
+) -> Sequence {
+    if comptime!(packed) {
         sequence(table, n)
     } else {
         let tokens = tokens as usize;
-        let chunks = (tokens * comptime!(bp.spec.micro_steps)).div_ceil(CHUNK);
+        let chunks = (tokens * micro_steps).div_ceil(CHUNK);
         Sequence { row: n, start: 0usize, tokens, first_chunk: n * chunks }
     }
 }
@@ -49,6 +55,8 @@ pub(crate) struct StagedStrides {
 pub(crate) struct Parcel<F: Float> {
     units: Array<Vector<F, V8>>,
     floats: Array<f32>,
+    /// Rows of output gradients; those behind them are zeros.
+    reads: u32,
 }
 
 /// 16-byte units that a group copies row by row.
@@ -61,6 +69,8 @@ pub(crate) struct Rows {
     cols: usize,
     /// Place of the first in the parcel.
     first: usize,
+    /// Whether rows may be missing, and are zeros then.
+    cleared: bool,
 }
 
 impl Rows {
@@ -69,7 +79,7 @@ impl Rows {
     }
 
     fn after(self, at: usize, rows: usize, cols: usize, ld: usize) -> Self {
-        Self { at, ld, rows, cols, first: self.first + self.rounds() }
+        Self { at, ld, rows, cols, first: self.first + self.rounds(), cleared: false }
     }
 
     pub(crate) fn units(self) -> usize {
@@ -78,15 +88,19 @@ impl Rows {
 }
 
 pub(crate) fn key_rows(bp: Blueprint) -> Rows {
-    Rows { at: 0, ld: bp.key_row(), rows: CHUNK, cols: bp.spec.key_dim / 8, first: 0 }
+    Rows { at: 0, ld: bp.key_row(), rows: CHUNK, cols: bp.spec.key_dim / 8, first: 0, cleared: false }
 }
 
 pub(crate) fn query_rows(bp: Blueprint) -> Rows {
     key_rows(bp).after(bp.q_at(), TILE * bp.read_blocks(), bp.spec.key_dim / 8, bp.key_row())
 }
 
+/// Values, or output gradients in their place.
 fn value_rows(bp: Blueprint) -> Rows {
-    query_rows(bp).after(bp.v_at(), CHUNK, bp.value_tile / 8, bp.value_row())
+    let unwinds = bp.pass == Pass::Unwind;
+    let rows = if unwinds { TILE * bp.read_blocks() } else { CHUNK };
+    let rows = query_rows(bp).after(bp.v_at(), rows, bp.value_tile / 8, bp.value_row());
+    Rows { cleared: unwinds, ..rows }
 }
 
 pub(crate) fn decayed_key_rows(bp: Blueprint) -> Rows {
@@ -116,6 +130,7 @@ pub(crate) fn new_parcel<F: Float>(#[comptime] bp: Blueprint) -> Parcel<F> {
     Parcel::<F> {
         units: Array::new(comptime!(parcel_units(bp))),
         floats: Array::new(comptime!(parcel_floats(bp).max(1))),
+        reads: 0u32,
     }
 }
 
@@ -144,8 +159,8 @@ pub(crate) fn send_for_keys<F: Float>(
     fetch_rows::<F>(q, from, strides.q.t / 8, last, 1000u32, parcel, unit, comptime!(query_rows(bp)), false);
 }
 
-/// Sends for all that `forward` needs of chunk `c`: the values, and the keys and queries or their record. Past the
-/// last chunk there is nothing to send for.
+/// Sends for all that the scan needs of its chunk `c`: the values (or output gradients), and the keys and queries or
+/// their record. Past the last chunk there is nothing to send for.
 #[cube]
 pub(crate) fn send_for<F: Float>(
     parcel: &mut Parcel<F>,
@@ -162,6 +177,7 @@ pub(crate) fn send_for<F: Float>(
 ) {
     let n_h = comptime!(bp.spec.micro_steps);
     if c < place.chunks {
+        let c = turn(place, c, bp);
         let step0 = c * CHUNK;
         let seq = place.seq;
         let record = (seq.first_chunk + c) * place.heads + place.hv;
@@ -186,8 +202,15 @@ pub(crate) fn send_for<F: Float>(
                 }
             }
         }
-        let from = (strides.v.at(seq.row, seq.start * n_h + step0, place.hv) + place.v0) / 8;
-        let last_row = (place.steps - 1 - step0) as u32;
+        let mut first = seq.start * n_h + step0;
+        let mut last_row = (place.steps - 1 - step0) as u32;
+        if comptime!(bp.pass == Pass::Unwind) {
+            let token0 = step0 / n_h;
+            first = seq.start + token0;
+            parcel.reads = (least((c + 1) * CHUNK / n_h, seq.tokens) - token0) as u32;
+            last_row = (seq.tokens - 1 - token0) as u32;
+        }
+        let from = (strides.v.at(seq.row, first, place.hv) + place.v0) / 8;
         // The rows of the transfer, behind the values, write nothing.
         let transfer = comptime!(bp.pass == Pass::Transfer);
         let channels = comptime!(bp.spec.value_dim).runtime();
@@ -292,6 +315,9 @@ pub(crate) fn put_rows<F: Float>(
         if comptime!((round + 1) * GROUP_UNITS <= rows.units()) || row < comptime!(rows.rows as u32) {
             let into = (row * comptime!(rows.ld as u32) + col) as usize;
             to[at + rows.at + into] = parcel.units[comptime!(rows.first + round)];
+            if comptime!(rows.cleared) && row >= parcel.reads {
+                to[at + rows.at + into] = Vector::cast_from(0.0f32);
+            }
         }
     }
 }
@@ -317,6 +343,12 @@ pub(crate) fn record_rows<F: Float>(
     }
 }
 
+/// The chunk that the scan takes as its `c`th: backwards, the last one first.
+#[cube]
+pub(crate) fn turn(place: &Place, c: usize, #[comptime] bp: Blueprint) -> usize {
+    if comptime!(bp.pass == Pass::Unwind) { place.chunks - 1 - c } else { c }
+}
+
 /// Stores the outputs of chunk `c`, which lie at `at`.
 #[cube]
 pub(crate) fn store_outputs<F: Float>(
@@ -330,12 +362,27 @@ pub(crate) fn store_outputs<F: Float>(
     #[comptime] bp: Blueprint,
 ) {
     let n_h = comptime!(bp.spec.micro_steps);
-    let cols = comptime!((bp.value_tile / 8) as u32);
-    let rows = comptime!(TILE * bp.read_blocks());
-    let total = comptime!(rows * bp.value_tile / 8);
     let token0 = c * CHUNK / n_h;
     let end = (least((c + 1) * CHUNK / n_h, place.seq.tokens) - token0) as u32;
     let to = (out_at.at(place.seq.row, place.seq.start + token0, place.hv) + place.v0) / 8;
+    store_rows::<F>(tile, at, out, to, out_at.t / 8, end, place, unit, bp);
+}
+
+/// Stores the first `end` rows of those that lie at `at`.
+#[cube]
+pub(crate) fn store_rows<F: Float>(
+    tile: &Tile<F>,
+    at: usize,
+    out: &mut Array<Vector<F, V8>>,
+    to: usize,
+    stride: u32,
+    end: u32,
+    place: &Place,
+    unit: usize,
+    #[comptime] bp: Blueprint,
+) {
+    let cols = comptime!((bp.value_tile / 8) as u32);
+    let total = comptime!(bp.output_rows() * bp.value_tile / 8);
     #[unroll]
     for round in 0..comptime!(total.div_ceil(GROUP_UNITS)) {
         let i = unit as u32 + comptime!((round * GROUP_UNITS) as u32);
@@ -345,7 +392,7 @@ pub(crate) fn store_outputs<F: Float>(
             || place.v0 + 8 * (col as usize) < bp.spec.value_dim;
         // `end` is at most the number of rows, so that no index runs over.
         if row < end && inside {
-            out[to + (row * (out_at.t / 8) + col) as usize] =
+            out[to + (row * stride + col) as usize] =
                 tile[at + (row * comptime!(bp.value_row() as u32) + col) as usize];
         }
     }
@@ -353,6 +400,6 @@ pub(crate) fn store_outputs<F: Float>(
 
 /// Integers of different widths have no common minimum in CUDA.
 #[cube]
-fn least(a: usize, b: usize) -> usize {
+pub(crate) fn least(a: usize, b: usize) -> usize {
     select(a < b, a, b)
 }

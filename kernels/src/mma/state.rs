@@ -2,9 +2,9 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{Blueprint, Pass, TILE};
+use super::blueprint::{BLOCK_UNITS, Blueprint, Pass, TILE};
 use super::stage::Place;
-use super::tile::{Acc, V2, zeros};
+use super::tile::{Acc, V2, V8, pack, to_frag, zeros};
 use crate::record::StateStrides;
 
 /// A plane's place in its cube.
@@ -96,6 +96,32 @@ fn start_transfer(state: &mut Sequence<Acc>, place: &Place, unit: Lane, #[compti
                 x[1] = select(row == column + 1, 1.0f32, 0.0f32);
                 let acc = state.index_mut(comptime!(2 * m * bp.key_steps() + n));
                 acc[e] = x;
+            }
+        }
+    }
+}
+
+/// Keeps the state of this plane, rounded: tile by tile of $S^T$, row by row of tiles, as left operands lie in registers.
+#[cube]
+pub(crate) fn keep_state<F: Float>(
+    state: &Sequence<Acc>,
+    to: &mut Array<Vector<F, V8>>,
+    slot: usize,
+    place: &Place,
+    unit: Lane,
+    #[comptime] bp: Blueprint,
+) {
+    let steps = comptime!(bp.key_steps());
+    let first = place.v0 / TILE + unit.plane * comptime!(bp.held);
+    #[unroll]
+    for m in 0..comptime!(bp.held) {
+        if first + m < comptime!(bp.spec.value_dim / TILE) {
+            let row = slot + (first + m) * comptime!(bp.key_steps() * BLOCK_UNITS) + unit.lane;
+            #[unroll]
+            for step in 0..steps {
+                let at = comptime!(2 * (m * bp.key_steps() + step));
+                let f = to_frag::<F>(state.index(at), state.index(comptime!(at + 1)));
+                to[row + comptime!(step * BLOCK_UNITS)] = pack::<F>(&f);
             }
         }
     }

@@ -48,6 +48,69 @@ pub(crate) fn to_frag<F: Float>(lo: &Acc, hi: &Acc) -> Frag<F> {
     f
 }
 
+/// The leading bits of two sums, which every data type holds.
+#[cube]
+fn leading(x: Vector<f32, V2>) -> Vector<f32, V2> {
+    let mut y = x;
+    #[unroll]
+    for e in 0..2usize {
+        y[e] = f32::reinterpret(u32::reinterpret(x[e]) & 0xffff_0000u32);
+    }
+    y
+}
+
+/// A left operand as two, of which the second holds what the first leaves. The first is cut off, not rounded: nothing
+/// has to be converted back to find the second.
+#[cube]
+pub(crate) fn in_parts<F: Float>(x: &Array<Vector<f32, V2>>) -> (Frag<F>, Frag<F>) {
+    let mut first = Frag::<F>::new(4usize);
+    let mut rest = Frag::<F>::new(4usize);
+    #[unroll]
+    for i in 0..4usize {
+        let y = leading(x[i]);
+        first[i] = Vector::cast_from(y);
+        rest[i] = Vector::cast_from(x[i] - y);
+    }
+    (first, rest)
+}
+
+/// Two neighbouring accumulators as a left operand in two parts.
+#[cube]
+pub(crate) fn to_parts<F: Float>(lo: &Acc, hi: &Acc) -> (Frag<F>, Frag<F>) {
+    let mut x = Array::<Vector<f32, V2>>::new(4usize);
+    x[0] = lo[0];
+    x[1] = lo[1];
+    x[2] = hi[0];
+    x[3] = hi[1];
+    in_parts::<F>(&x)
+}
+
+/// A unit's part of an operand as 16 bytes.
+#[cube]
+pub(crate) fn pack<F: Float>(f: &Frag<F>) -> Vector<F, V8> {
+    let mut x = Vector::<F, V8>::cast_from(0.0f32);
+    #[unroll]
+    for i in 0..4usize {
+        let pair = f[i];
+        x[comptime!(2 * i)] = pair[0];
+        x[comptime!(2 * i + 1)] = pair[1];
+    }
+    x
+}
+
+/// The reverse of [`pack`].
+#[cube]
+pub(crate) fn unpack<F: Float>(x: Vector<F, V8>) -> Frag<F> {
+    let mut f = Frag::<F>::new(4usize);
+    #[unroll]
+    for i in 0..4usize {
+        let mut pair = Vector::<F, V2>::cast_from(x[comptime!(2 * i)]);
+        pair[1] = x[comptime!(2 * i + 1)];
+        f[i] = pair;
+    }
+    f
+}
+
 /// Half `h` of a pair of right operands.
 #[cube]
 fn half_frag<F: Float>(f: &Frag<F>, #[comptime] h: usize) -> Frag<F> {

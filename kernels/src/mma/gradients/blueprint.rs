@@ -1,0 +1,260 @@
+//! The cube of `gradients`: its planes, the pairs of tiles, and where things lie in its shared memory.
+
+use std::ops::Range;
+
+use super::super::blueprint::{BLOCK_UNITS, CHUNK, TILE};
+use super::super::sweep::KEPT;
+use crate::spec::{Decay, Spec};
+
+/// Micro-steps of a cube: those between two kept states.
+pub const BLOCK: usize = KEPT * CHUNK;
+/// Tiles of micro-steps in a block.
+pub(crate) const TILES: usize = BLOCK / TILE;
+
+/// A specialisation of the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct GradientsBlueprint {
+    /// What is computed. K and V are multiples of 16.
+    pub spec: Spec,
+    /// Whether sequences are listed in a table, or rows of the batch.
+    pub packed: bool,
+}
+
+/// Passes of a plane over its rows: the sums of all rows at a time would take more registers than two cubes share.
+pub(crate) const PASSES: usize = 2;
+
+/// Tiles of rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Span {
+    pub(crate) first: usize,
+    pub(crate) tiles: usize,
+}
+
+impl Span {
+    fn of(pass: usize, tiles: usize) -> Self {
+        let each = tiles.div_ceil(PASSES);
+        let first = tiles.min(pass * each);
+        Self { first, tiles: each.min(tiles - first) }
+    }
+
+    fn range(self) -> Range<usize> {
+        self.first..self.first + self.tiles
+    }
+
+    pub(crate) const NONE: Self = Self { first: 0, tiles: 0 };
+}
+
+/// Pairs of tiles in the rows before row `i`, if row `r` sees the first `(r + 1) * n` tiles.
+fn pairs_before(i: usize, n: usize) -> usize {
+    (0..i).map(|r| seen(r, n)).sum()
+}
+
+fn seen(i: usize, n: usize) -> usize {
+    TILES.min((i + 1) * n)
+}
+
+impl GradientsBlueprint {
+    /// The blueprint for a spec, if there is one: gates per head or none, and a state whose gradient fits into registers
+    /// beside what a chunk of `sweep` needs.
+    pub fn new(spec: Spec, packed: bool) -> Option<Self> {
+        (spec.decay != Decay::Channel && spec.key_dim <= 128).then_some(Self { spec, packed })
+    }
+
+    /// Planes of a cube: each has 16 key channels of all rows.
+    pub(crate) fn planes(&self) -> usize {
+        self.spec.key_dim / TILE
+    }
+
+    /// Units of a cube.
+    pub fn units(&self) -> usize {
+        32 * self.planes()
+    }
+
+    /// 16-row tiles of reads.
+    pub(crate) fn read_tiles(&self) -> usize {
+        if self.spec.micro_steps == 1 { TILES } else { BLOCK.div_ceil(self.spec.micro_steps).div_ceil(TILE) }
+    }
+
+    /// Steps of a product over the value channels.
+    pub(crate) fn value_steps(&self) -> usize {
+        self.spec.value_dim / TILE
+    }
+
+    // Pairs of a tile of reads and one of micro-steps come first, then those of two tiles of micro-steps.
+
+    /// Tiles of micro-steps that tile `i` of reads sees.
+    pub(crate) fn seen(&self, i: usize) -> usize {
+        seen(i, self.spec.micro_steps)
+    }
+
+    pub(crate) fn read_pair(&self, i: usize, j: usize) -> usize {
+        pairs_before(i, self.spec.micro_steps) + j
+    }
+
+    pub(crate) fn step_pair(&self, i: usize, j: usize) -> usize {
+        self.read_pairs() + pairs_before(i, 1) + j
+    }
+
+    /// The first pair of row `i`, of reads or of micro-steps.
+    pub(crate) fn first_pair(&self, i: usize, reads: bool) -> usize {
+        if reads { self.read_pair(i, 0) } else { self.step_pair(i, 0) }
+    }
+
+    pub(crate) fn read_pairs(&self) -> usize {
+        pairs_before(self.read_tiles(), self.spec.micro_steps)
+    }
+
+    pub(crate) fn pairs(&self) -> usize {
+        self.read_pairs() + pairs_before(TILES, 1)
+    }
+
+    /// Whether the pairs inside one token are kept apart: there is no decay between them.
+    pub(crate) fn splits_pairs(&self) -> bool {
+        self.spec.decay == Decay::Head
+    }
+
+    /// Whether pair (i, j) of a read and a micro-step is there; inside tokens, whether one may have both.
+    pub(crate) fn has_read(&self, i: usize, j: usize, within: bool) -> bool {
+        let n = self.spec.micro_steps;
+        let near = self.splits_pairs() && TILE * (j + 1) + n > TILE * i * n + 1;
+        i < self.read_tiles() && j < self.seen(i) && (near || !within)
+    }
+
+    /// The same for two micro-steps.
+    pub(crate) fn has_step(&self, i: usize, j: usize, within: bool) -> bool {
+        let n = self.spec.micro_steps;
+        let near = self.splits_pairs() && n > 1 && i <= j + (n - 1).div_ceil(TILE);
+        j <= i && (near || !within)
+    }
+
+    pub(crate) fn any_read(&self, reads: Span, j: usize, within: bool) -> bool {
+        reads.range().any(|i| self.has_read(i, j, within))
+    }
+
+    pub(crate) fn any_step(&self, steps: Span, j: usize, within: bool) -> bool {
+        steps.range().any(|i| self.has_step(i, j, within))
+    }
+
+    pub(crate) fn any_seen(&self, i: usize, steps: Span, within: bool) -> bool {
+        steps.range().any(|j| self.has_read(i, j, within))
+    }
+
+    pub(crate) fn any_behind(&self, i: usize, steps: Span, within: bool) -> bool {
+        steps.range().any(|j| self.has_step(i, j, within))
+    }
+
+    /// Pairs that have blocks for what lies inside a token; of single steps those of reads on the diagonal.
+    fn pairs_within(&self) -> usize {
+        match (self.splits_pairs(), self.spec.micro_steps) {
+            (false, _) => 0,
+            (true, 1) => TILES,
+            (true, _) => self.pairs(),
+        }
+    }
+
+    // Offsets and sizes in shared memory, in units of 16 bytes; rows have an odd length.
+
+    pub(crate) fn key_row(&self) -> usize {
+        self.spec.key_dim / 8 + 1
+    }
+
+    /// As long as a row of keys at least: gradients of queries and keys take the place of what has been read.
+    pub(crate) fn value_row(&self) -> usize {
+        (self.spec.value_dim / 8 + 1).max(self.key_row())
+    }
+
+    pub(crate) fn k_at(&self) -> usize {
+        TILE * self.read_tiles() * self.key_row()
+    }
+
+    /// Output gradients, and tile by tile in their place dQ.
+    pub(crate) fn d_o_at(&self) -> usize {
+        self.k_at() + BLOCK * self.key_row()
+    }
+
+    /// Residuals; in place of those of the first pass at last the second sums.
+    pub(crate) fn r_at(&self) -> usize {
+        self.d_o_at() + TILE * self.read_tiles() * self.value_row()
+    }
+
+    /// Value gradients; in place of those of the first pass its dK, of the second the first sums.
+    pub(crate) fn dv_at(&self) -> usize {
+        self.r_at() + BLOCK * self.value_row()
+    }
+
+    /// Where a pass leaves dK: in place of value gradients, and at last of the keys.
+    pub(crate) fn dk_at(&self, pass: usize) -> (usize, usize) {
+        if pass == 0 { (self.dv_at(), self.value_row()) } else { (self.k_at(), self.key_row()) }
+    }
+
+    /// Where the sums over channels lie, a unit for every row and plane. There are 4 K of them, and no less room.
+    pub(crate) fn sums_at(&self, group: usize) -> usize {
+        if group == 0 { self.dv_at() + BLOCK / PASSES * self.value_row() } else { self.r_at() }
+    }
+
+    pub(crate) fn pairs_at(&self) -> usize {
+        self.dv_at() + BLOCK * self.value_row()
+    }
+
+    pub(crate) fn reads_of(&self, pass: usize) -> Span {
+        Span::of(pass, self.read_tiles())
+    }
+
+    pub(crate) fn steps_of(&self, pass: usize) -> Span {
+        Span::of(pass, TILES)
+    }
+
+    /// The two blocks of a pair.
+    pub(crate) fn across_at(&self, pair: usize) -> usize {
+        self.pairs_at() + pair * PAIR
+    }
+
+    /// Those of pair (i, j) of a read and a micro-step.
+    pub(crate) fn read_block(&self, i: usize, j: usize, within: bool) -> usize {
+        let pair = self.read_pair(i, j);
+        if within { self.within_at(i, pair) } else { self.across_at(pair) }
+    }
+
+    /// Those of two micro-steps.
+    pub(crate) fn step_block(&self, i: usize, j: usize, within: bool) -> usize {
+        let pair = self.step_pair(i, j);
+        if within { self.within_at(i, pair) } else { self.across_at(pair) }
+    }
+
+    /// The two blocks for what lies inside a token.
+    pub(crate) fn within_at(&self, i: usize, pair: usize) -> usize {
+        let slot = if self.spec.micro_steps == 1 { i } else { pair };
+        self.across_at(self.pairs() + slot)
+    }
+
+    pub(crate) fn units_of_memory(&self) -> usize {
+        self.across_at(self.pairs() + self.pairs_within())
+    }
+
+    /// Floats: beta, log decays, reciprocal norms of keys and queries, what their gradients have along them,
+    /// factors of what goes through the states, and one product of states from each plane.
+    pub(crate) fn floats(&self) -> usize {
+        PRODUCTS_AT + self.planes()
+    }
+
+    /// Shared memory in bytes.
+    pub fn shared_memory(&self) -> usize {
+        16 * self.units_of_memory() + 4 * self.floats()
+    }
+}
+
+/// Units of two blocks.
+pub(crate) const PAIR: usize = 2 * BLOCK_UNITS;
+
+// Floats.
+pub(crate) const BETAS_AT: usize = 0;
+pub(crate) const DECAYS_AT: usize = BLOCK;
+pub(crate) const KEY_NORMS_AT: usize = 2 * BLOCK;
+pub(crate) const QUERY_NORMS_AT: usize = 3 * BLOCK;
+pub(crate) const ALONG_KEYS_AT: usize = 4 * BLOCK;
+pub(crate) const ALONG_QUERIES_AT: usize = 5 * BLOCK;
+/// What a read takes from the state, E and H from theirs.
+pub(crate) const READ_FACTORS_AT: usize = 6 * BLOCK;
+pub(crate) const E_FACTORS_AT: usize = 7 * BLOCK;
+pub(crate) const H_FACTORS_AT: usize = 8 * BLOCK;
+pub(crate) const PRODUCTS_AT: usize = 9 * BLOCK;

@@ -1,0 +1,94 @@
+//! Sums over what `gradients` has left apart.
+
+use cubecl::prelude::*;
+
+use super::super::sweep::KEPT;
+use super::super::tile::V8;
+use crate::record::Strides;
+
+/// Units of a cube of [`collect`](fn@collect).
+pub const COLLECT_UNITS: usize = 256;
+/// Units of a cube of [`collect_constants`](fn@collect_constants).
+pub const CONSTANTS_UNITS: usize = 128;
+
+/// Adds the gradients of the value heads that share a key head. `rows` counts tokens or micro-steps of the batch,
+/// `per_row` those of one of its rows, `channels` the 16-byte units of a head.
+#[cube(launch_unchecked, address_type = "u64")]
+pub fn collect<F: Float>(
+    parts: &Array<Vector<F, V8>>,
+    out: &mut Array<Vector<F, V8>>,
+    out_at: Strides,
+    rows: u32,
+    per_row: u32,
+    heads: u32,
+    group: u32,
+    channels: u32,
+    #[define(F)] _type: StorageType,
+) {
+    let heads = heads as usize;
+    let channels = channels as usize;
+    let i = CUBE_POS * COLLECT_UNITS + UNIT_POS as usize;
+    if i >= rows as usize * heads * channels {
+        terminate!();
+    }
+    let c = i % channels;
+    let h = i / channels % heads;
+    let row = i / (channels * heads);
+    let first = (row * heads + h) * group as usize * channels + c;
+    let mut sum = Vector::<f32, V8>::cast_from(0.0f32);
+    for member in 0..group as usize {
+        sum += Vector::<f32, V8>::cast_from(parts[first + member * channels]);
+    }
+    let per_row = per_row as usize;
+    out[out_at.at(row / per_row, row % per_row, h) / 8 + c] = Vector::cast_from(sum);
+}
+
+/// The gradients of `a_log` and `dt_bias`, over all blocks: one cube per head. Where sequences are packed, entries of
+/// chunks with which no block begins are left out.
+#[cube(launch_unchecked, address_type = "u64")]
+pub fn collect_constants(
+    constants: &Array<f32>,
+    table: &Array<u32>,
+    d_a_log: &mut Array<f32>,
+    d_dt_bias: &mut Array<f32>,
+    blocks: u32,
+    sequences: u32,
+    heads: u32,
+    #[comptime] has_bias: bool,
+    #[comptime] packed: bool,
+) {
+    let unit = UNIT_POS as usize;
+    let head = CUBE_POS;
+    let mut shares = SharedMemory::<f32>::new(comptime!(2 * CONSTANTS_UNITS));
+    let mut a_log = 0.0f32;
+    let mut bias = 0.0f32;
+    let mut id = unit;
+    while id < blocks as usize {
+        let mut counts = true;
+        if comptime!(packed) {
+            let n = table[4 * sequences as usize + id] as usize;
+            counts = (id - table[4 * n + 3] as usize) % KEPT == 0;
+        }
+        if counts {
+            let at = 2 * (id * heads as usize + head);
+            a_log += constants[at];
+            bias += constants[at + 1];
+        }
+        id += CONSTANTS_UNITS;
+    }
+    shares[unit] = a_log;
+    shares[CONSTANTS_UNITS + unit] = bias;
+    sync_cube();
+    if unit == 0 {
+        let mut a_log = 0.0f32;
+        let mut bias = 0.0f32;
+        for u in 0..CONSTANTS_UNITS {
+            a_log += shares[u];
+            bias += shares[CONSTANTS_UNITS + u];
+        }
+        d_a_log[head] = a_log;
+        if comptime!(has_bias) {
+            d_dt_bias[head] = bias;
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! What flows through the states before and behind the block, for a plane's 16 key channels.
+//!
+//! Planes share no channel, so that each reads its part of the states from device memory itself. It lies as left
+//! operands lie in registers, tile by tile of $S^T$; a product with the identity turns a tile into a right operand.
+
+use cubecl::prelude::*;
+
+use super::super::blueprint::{BLOCK_UNITS, TILE};
+use super::super::tile::{Acc, Frag, Mma, Tile, V2, V8, load, mma2, to_frag, unpack, zeros};
+use super::Own;
+use super::blueprint::{GradientsBlueprint, PRODUCTS_AT, Span};
+
+/// A plane's part of a state: value tile by value tile.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Column {
+    /// This unit's part of the first tile.
+    first: usize,
+    /// How many there are, known at run time only: the loops over them, unrolled, would take more registers than two
+    /// cubes share.
+    steps: u32,
+}
+
+#[cube]
+impl Column {
+    pub(crate) fn new(slot: usize, steps: u32, own: Own, #[comptime] bp: GradientsBlueprint) -> Self {
+        let tiles = slot * comptime!(bp.value_steps() * bp.planes()) + own.plane;
+        Column { first: tiles * BLOCK_UNITS + own.lane, steps }
+    }
+
+    /// The tile of value step `step`, or of the last one.
+    fn tile<F: Float>(
+        &self,
+        state: &Array<Vector<F, V8>>,
+        step: u32,
+        #[comptime] bp: GradientsBlueprint,
+    ) -> Vector<F, V8> {
+        let step = u32::min(step, self.steps - 1) * comptime!((bp.planes() * BLOCK_UNITS) as u32);
+        state[self.first + step as usize]
+    }
+}
+
+/// The 16 x 16 identity as a left operand.
+#[cube]
+fn identity<F: Float>(lane: usize) -> Sequence<Frag<F>> {
+    let mut f = Frag::<F>::new(4usize);
+    let mut ones = Vector::<F, V2>::cast_from(0.0f32);
+    #[unroll]
+    for e in 0..2usize {
+        ones[e] = F::cast_from(select(lane / 4 == lane % 4 * 2 + e, 1.0f32, 0.0f32));
+    }
+    f[0] = ones;
+    f[1] = Vector::cast_from(0.0f32);
+    f[2] = Vector::cast_from(0.0f32);
+    f[3] = ones;
+    let mut s = Sequence::<Frag<F>>::new();
+    s.push(f);
+    s
+}
+
+/// A tile of $S^T$, values by keys, as a right operand with values as depth: the product with the identity leaves
+/// keys by values in accumulators, rounded already.
+#[cube]
+fn turned<F: Float>(mma: &Mma<F>, identity: &Sequence<Frag<F>>, x: Vector<F, V8>) -> Frag<F> {
+    let stored = unpack::<F>(x);
+    let mut right = Frag::<F>::new(4usize);
+    right[0] = stored[0];
+    right[1] = stored[2];
+    right[2] = stored[1];
+    right[3] = stored[3];
+    let mut keys = zeros(2usize);
+    mma2::<F>(mma, identity, 0usize, 0usize, &right, &mut keys, 0usize, 0usize, 1usize);
+    let f = to_frag::<F>(keys.index(0usize), keys.index(1usize));
+    let mut out = Frag::<F>::new(4usize);
+    out[0] = f[0];
+    out[1] = f[2];
+    out[2] = f[1];
+    out[3] = f[3];
+    out
+}
+
+/// Adds dO S^T to `dq` and dV S^T to `e`.
+#[cube]
+pub(crate) fn read_state<F: Float>(
+    mma: &Mma<F>,
+    tile: &Tile<F>,
+    states: &Array<Vector<F, V8>>,
+    from: Column,
+    dq: &mut Sequence<Acc>,
+    e: &mut Sequence<Acc>,
+    own: Own,
+    #[comptime] pass: usize,
+    #[comptime] bp: GradientsBlueprint,
+) {
+    let identity = identity::<F>(own.lane);
+    let mut next = from.tile::<F>(states, 0u32, bp);
+    for step in 0..from.steps {
+        let right = turned::<F>(mma, &identity, next);
+        next = from.tile::<F>(states, step + 1, bp);
+        sync_plane();
+        let rows = own.value_rows + 2 * step as usize;
+        add_product::<F>(mma, tile, dq, rows + comptime!(bp.d_o_at()), &right, bp.reads_of(pass), bp);
+        add_product::<F>(mma, tile, e, rows + comptime!(bp.dv_at()), &right, bp.steps_of(pass), bp);
+    }
+}
+
+/// Adds R dS^T to `h`.
+#[cube]
+pub(crate) fn read_d_state<F: Float>(
+    mma: &Mma<F>,
+    tile: &Tile<F>,
+    d_states: &Array<Vector<F, V8>>,
+    from: Column,
+    h: &mut Sequence<Acc>,
+    own: Own,
+    #[comptime] pass: usize,
+    #[comptime] bp: GradientsBlueprint,
+) {
+    let identity = identity::<F>(own.lane);
+    let mut next = from.tile::<F>(d_states, 0u32, bp);
+    for step in 0..from.steps {
+        let right = turned::<F>(mma, &identity, next);
+        next = from.tile::<F>(d_states, step + 1, bp);
+        sync_plane();
+        let rows = own.value_rows + 2 * step as usize;
+        add_product::<F>(mma, tile, h, rows + comptime!(bp.r_at()), &right, bp.steps_of(pass), bp);
+    }
+}
+
+/// Leaves the plane's share of the sum of S . dS.
+#[cube]
+pub(crate) fn multiply_states<F: Float>(
+    floats: &mut SharedMemory<f32>,
+    states: &Array<Vector<F, V8>>,
+    d_states: &Array<Vector<F, V8>>,
+    from: Column,
+    own: Own,
+    #[comptime] bp: GradientsBlueprint,
+) {
+    if comptime!(bp.splits_pairs()) {
+        let mut sum = 0.0f32;
+        for step in 0..from.steps {
+            let x = Vector::<f32, V8>::cast_from(from.tile::<F>(states, step, bp));
+            let y = Vector::<f32, V8>::cast_from(from.tile::<F>(d_states, step, bp));
+            #[unroll]
+            for i in 0..8usize {
+                sum = fma(x[i], y[i], sum);
+            }
+        }
+        let sum = plane_sum(sum);
+        if own.lane == 0 {
+            floats[PRODUCTS_AT + own.plane] = sum;
+        }
+    }
+}
+
+/// Adds one step of a product over the value channels.
+#[cube]
+fn add_product<F: Float>(
+    mma: &Mma<F>,
+    tile: &Tile<F>,
+    to: &mut Sequence<Acc>,
+    rows: usize,
+    right: &Frag<F>,
+    #[comptime] span: Span,
+    #[comptime] bp: GradientsBlueprint,
+) {
+    #[unroll]
+    for i in 0..comptime!(span.tiles) {
+        let mut left = Sequence::<Frag<F>>::new();
+        left.push(load::<F>(mma, tile, rows + comptime!((span.first + i) * TILE * bp.value_row()), false));
+        mma2::<F>(mma, &left, 0usize, 0usize, right, to, comptime!(2 * i), 0usize, 1usize);
+    }
+}

@@ -1,0 +1,269 @@
+//! The two scans of the backward side by side, on tensor cores.
+//!
+//! Forwards the states are computed once more; every second one is kept, and the residuals R of all chunks.
+//! Backwards runs the gradient of the state (`unwind.rs`); every second one is kept, and all of dV. A cube takes one
+//! direction of a sequence, a value head and a tile of value channels; its planes share the work as in
+//! [`forward`](mod@super::forward) with prepared chunks.
+
+use cubecl::prelude::*;
+
+use super::blueprint::{Blueprint, CHUNK, GROUP_UNITS, Pass};
+use super::chunk::Target;
+use super::new_factors;
+use super::scan::scan_chunk;
+use super::stage::{Place, StagedStrides, least, new_parcel, put, send_for, sequence_of, store_rows, turn};
+use super::state::{Lane, keep_state, load_state, store_state};
+use super::tile::{Mma, Tile, V8};
+use super::unwind::unwind_chunk;
+use crate::record::{StateStrides, Strides};
+
+/// Chunks from one state that is kept to the next.
+pub const KEPT: usize = 2;
+
+/// The first kept state of sequence `n`. Sequences round up to whole pairs of chunks, each by at most one.
+#[cube]
+pub(crate) fn first_kept(first_chunk: usize, n: usize, chunks: usize, #[comptime] packed: bool) -> usize {
+    if comptime!(packed) { (first_chunk + n) / KEPT } else { n * chunks.div_ceil(KEPT) }
+}
+
+/// Reads the records of [`prepare`](mod@super::prepare) for the backward. Writes R, chunk by chunk and head by head,
+/// the rounded states before every [`KEPT`] chunks and the gradients of the states behind them, tile by tile, and the
+/// gradients of v and of the initial state.
+///
+/// Cube `p` takes value tile `p % tiles`, head `p / tiles % heads` and sequence `p / (tiles * heads)`, first all of
+/// them backwards, which takes longer, then forwards. For arguments see [`forward`](mod@super::forward).
+#[cube(launch_unchecked, fast_math = FastMath::all(), address_type = "u64")]
+pub fn sweep<F: Float>(
+    q: &Array<Vector<F, V8>>,
+    k: &Array<Vector<F, V8>>,
+    v: &Array<Vector<F, V8>>,
+    d_o: &Array<Vector<F, V8>>,
+    initial_state: &Array<f32>,
+    d_final_state: &Array<f32>,
+    table: &Array<u32>,
+    records: &Array<Vector<F, V8>>,
+    record_factors: &Array<f32>,
+    residuals: &mut Array<Vector<F, V8>>,
+    states: &mut Array<Vector<F, V8>>,
+    d_states: &mut Array<Vector<F, V8>>,
+    dv: &mut Array<Vector<F, V8>>,
+    d_initial_state: &mut Array<f32>,
+    q_at: Strides,
+    k_at: Strides,
+    v_at: Strides,
+    d_o_at: Strides,
+    dv_at: Strides,
+    initial_at: StateStrides,
+    d_final_at: StateStrides,
+    d_initial_at: StateStrides,
+    tokens: u32,
+    sequences: u32,
+    heads: u32,
+    group: u32,
+    #[comptime] has_d_final_state: bool,
+    #[comptime] bp: Blueprint,
+    #[define(F)] _type: StorageType,
+) {
+    let tiles = comptime!(bp.value_tiles());
+    let each = (sequences * heads) as usize * tiles;
+    if CUBE_POS >= 2 * each {
+        terminate!();
+    }
+    let cube = CUBE_POS % each;
+    let n = cube / (tiles * heads as usize);
+    let seq = sequence_of(table, n, tokens, bp.packed, bp.spec.micro_steps);
+    let hv = cube / tiles % heads as usize;
+    let steps = seq.tokens * comptime!(bp.spec.micro_steps);
+    let place = Place {
+        seq,
+        n,
+        h: hv / group as usize,
+        hv,
+        heads: heads as usize,
+        v0: cube % tiles * bp.value_tile,
+        steps,
+        chunks: steps.div_ceil(CHUNK),
+    };
+    let replay = comptime!(bp.directed(Pass::Replay, bp.spec.has_initial_state));
+    let unwind = comptime!(bp.directed(Pass::Unwind, has_d_final_state));
+    let mut tile = Tile::<F>::new_aligned(comptime!(bp.sweep_memory()), 128usize);
+    let mut factors = new_factors(comptime!(bp.stages()), unwind);
+    if CUBE_POS < each {
+        walk::<F>(
+            q,
+            k,
+            d_o,
+            d_final_state,
+            records,
+            record_factors,
+            dv,
+            d_states,
+            d_initial_state,
+            &StagedStrides { q: q_at, k: k_at, v: d_o_at },
+            &dv_at,
+            &d_final_at,
+            &d_initial_at,
+            &place,
+            &mut tile,
+            &mut factors,
+            unwind,
+        );
+    } else {
+        walk::<F>(
+            q,
+            k,
+            v,
+            initial_state,
+            records,
+            record_factors,
+            residuals,
+            states,
+            d_initial_state,
+            &StagedStrides { q: q_at, k: k_at, v: v_at },
+            &dv_at,
+            &initial_at,
+            &d_initial_at,
+            &place,
+            &mut tile,
+            &mut factors,
+            replay,
+        );
+    }
+}
+
+/// One direction.
+#[cube]
+fn walk<F: Float>(
+    q: &Array<Vector<F, V8>>,
+    k: &Array<Vector<F, V8>>,
+    v: &Array<Vector<F, V8>>,
+    first_state: &Array<f32>,
+    records: &Array<Vector<F, V8>>,
+    record_factors: &Array<f32>,
+    rows: &mut Array<Vector<F, V8>>,
+    kept: &mut Array<Vector<F, V8>>,
+    last_state: &mut Array<f32>,
+    strides: &StagedStrides,
+    rows_at: &Strides,
+    first_at: &StateStrides,
+    last_at: &StateStrides,
+    place: &Place,
+    tile: &mut Tile<F>,
+    factors: &mut SharedMemory<f32>,
+    #[comptime] bp: Blueprint,
+) {
+    let mma = Mma::<F>::new(16usize, 8usize, 16usize);
+    let lane = (UNIT_POS % 32) as usize;
+    let plane = (UNIT_POS / 32) as usize;
+    let scanners = comptime!(bp.scanners());
+    let groups = comptime!(bp.groups);
+    let stage = comptime!(bp.stage());
+    let stages = comptime!(bp.stages());
+    let blocks = comptime!(bp.blocks_at());
+    let chunk_factors = comptime!(bp.factors());
+    let outputs = comptime!(bp.outputs_at());
+    let chunk_outputs = comptime!(bp.outputs());
+    if plane < scanners {
+        let at = Lane { plane, lane };
+        let mut state = load_state(first_state, first_at, place, at, bp);
+        // 32 bits, since every register counts in this loop.
+        let first = first_kept(place.seq.first_chunk, place.n, place.chunks, bp.packed);
+        let first = (first * place.heads + place.hv) as u32;
+        let heads = place.heads as u32;
+        let chunks = place.chunks as u32;
+        #[unroll]
+        for _ in 0..groups {
+            sync_cube();
+        }
+        for i in 0..chunks {
+            sync_cube();
+            let backwards = comptime!(bp.pass == Pass::Unwind);
+            let c = if comptime!(backwards) { chunks - 1 - i } else { i };
+            let at_stage = (i % comptime!(stages as u32)) as usize;
+            let from = Target { blocks: at_stage * stage + blocks, factors: at_stage * chunk_factors };
+            let to = outputs + (i % 2) as usize * chunk_outputs;
+            let within = c % comptime!(KEPT as u32);
+            let keeps = if comptime!(backwards) {
+                within == comptime!(KEPT as u32 - 1) || i == 0
+            } else {
+                within == 0
+            };
+            if keeps {
+                let slot = (first + c / comptime!(KEPT as u32) * heads) as usize;
+                let slot = slot * comptime!(bp.spec.value_dim * bp.spec.key_dim / 8);
+                keep_state::<F>(&state, kept, slot, place, at, bp);
+            }
+            if comptime!(bp.pass == Pass::Unwind) {
+                unwind_chunk::<F>(&mma, tile, factors, &mut state, at_stage * stage, to, from, at, bp);
+            } else {
+                scan_chunk::<F>(&mma, tile, factors, &mut state, at_stage * stage, to, from, at, bp);
+            }
+        }
+        sync_cube();
+        if comptime!(bp.pass == Pass::Unwind) {
+            store_state(&state, last_state, last_at, place, at, bp);
+        }
+    } else {
+        let unit = (UNIT_POS as usize - 32 * scanners) % GROUP_UNITS;
+        let group = (UNIT_POS as usize - 32 * scanners) / GROUP_UNITS;
+        let mut parcel = new_parcel::<F>(bp);
+        send_for::<F>(&mut parcel, q, k, v, records, record_factors, strides, place, group, unit, bp);
+        put::<F>(&parcel, tile, factors, group * stage, group * chunk_factors, unit, bp);
+        sync_cube();
+        if group > 0 {
+            sync_cube();
+        }
+        // Chunk `next` is there when the barrier at the end is passed.
+        let mut next = group;
+        while next <= place.chunks {
+            let mut parcel = new_parcel::<F>(bp);
+            let after = next + groups;
+            send_for::<F>(&mut parcel, q, k, v, records, record_factors, strides, place, after, unit, bp);
+            if next > groups {
+                let i = next - groups - 1;
+                keep_rows::<F>(tile, outputs + i % 2 * chunk_outputs, rows, rows_at, place, i, unit, bp);
+            }
+            if comptime!(groups > 1) {
+                sync_cube();
+            }
+            let at_stage = after % stages;
+            put::<F>(&parcel, tile, factors, at_stage * stage, at_stage * chunk_factors, unit, bp);
+            next = after;
+            sync_cube();
+        }
+        if next < place.chunks + groups {
+            sync_cube();
+        }
+        // The last rows, one chunk for each group.
+        if group < place.chunks {
+            let i = place.chunks - 1 - group;
+            keep_rows::<F>(tile, outputs + i % 2 * chunk_outputs, rows, rows_at, place, i, unit, bp);
+        }
+    }
+}
+
+/// Stores the residuals, or the gradients of the values, of the `i`th chunk, which lie at `at`.
+#[cube]
+fn keep_rows<F: Float>(
+    tile: &Tile<F>,
+    at: usize,
+    rows: &mut Array<Vector<F, V8>>,
+    rows_at: &Strides,
+    place: &Place,
+    i: usize,
+    unit: usize,
+    #[comptime] bp: Blueprint,
+) {
+    let c = turn(place, i, bp);
+    let step0 = c * CHUNK;
+    let end = least(place.steps - step0, CHUNK) as u32;
+    let value_dim = comptime!(bp.spec.value_dim);
+    let mut to = ((place.seq.first_chunk + c) * place.heads + place.hv) * comptime!(CHUNK * value_dim);
+    let mut stride = comptime!(value_dim as u32).runtime();
+    if comptime!(bp.pass == Pass::Unwind) {
+        let first = place.seq.start * comptime!(bp.spec.micro_steps) + step0;
+        to = rows_at.at(place.seq.row, first, place.hv);
+        stride = rows_at.t;
+    }
+    store_rows::<F>(tile, at, rows, (to + place.v0) / 8, stride / 8, end, place, unit, bp);
+}

@@ -1,0 +1,206 @@
+//! The scan backwards: the planes hold $dS^T$, the gradient of the state behind a chunk.
+//!
+//! With the blocks of `chunk.rs`, all of the forward:
+//!
+//! ```text
+//! dN   = P^T dO + (e^{G_C - G} K) dS
+//! dV_1 = M_1^T (rho beta . dN_1)
+//! dV_0 = M_0^T (rho beta . (dN_0 - E^T dV_1))
+//! dS  <- e^{G_C} dS + (e^G Q)^T dO - (e^G K)^T dV
+//! ```
+
+use cubecl::prelude::*;
+
+use super::blueprint::{BLOCK_UNITS, BLOCKS, Blueprint, ERASE_AT, ERASE_BLOCK, READ_AT, TILE, WRITE_AT};
+use super::chunk::Target;
+use super::scan::{
+    add_rows, decay_state, factor_pair, multiply_leaf, read_state, scale_pair, send_for_rows, store_rows_of,
+};
+use super::state::Lane;
+use super::tile::{
+    Acc, Frag, Mma, Tile, V2, by_columns, by_depth, in_block, in_parts, load, mma2, scale_columns, to_frag,
+    zeros,
+};
+use crate::spec::Decay;
+
+/// The output gradients of the chunk as left operands: reads `r` of tile `m` at `m * read_blocks + r`.
+#[cube]
+fn output_gradients<F: Float>(
+    mma: &Mma<F>,
+    tile: &Tile<F>,
+    base: usize,
+    at: Lane,
+    #[comptime] bp: Blueprint,
+) -> Sequence<Frag<F>> {
+    let rows = base
+        + comptime!(bp.v_at())
+        + by_columns(at.lane, comptime!(bp.value_row()))
+        + at.plane * comptime!(2 * bp.held);
+    let mut frags = Sequence::<Frag<F>>::new();
+    #[unroll]
+    for m in 0..comptime!(bp.held) {
+        #[unroll]
+        for r in 0..comptime!(bp.read_blocks()) {
+            frags.push(load::<F>(mma, tile, rows + comptime!(r * TILE * bp.value_row() + 2 * m), true));
+        }
+    }
+    frags
+}
+
+/// Multiplies the depth of a left operand by the factors of tile `j`; the product in two parts.
+#[cube]
+fn scale_depth<F: Float>(
+    f: &Frag<F>,
+    factors: &SharedMemory<f32>,
+    at: usize,
+    #[comptime] j: usize,
+    lane: usize,
+) -> (Frag<F>, Frag<F>) {
+    let mut x = Array::<Vector<f32, V2>>::new(4usize);
+    #[unroll]
+    for half in 0..2usize {
+        let by = factor_pair(factors, at, comptime!(2 * j + half), lane);
+        #[unroll]
+        for e in 0..2usize {
+            let i = comptime!(2 * half + e);
+            x[i] = Vector::<f32, V2>::cast_from(f[i]) * by;
+        }
+    }
+    in_parts::<F>(&x)
+}
+
+/// Tile `j` of tokens of `x`, as left operands for each tile held.
+#[cube]
+fn tokens<F: Float>(x: &Sequence<Acc>, #[comptime] j: usize, #[comptime] bp: Blueprint) -> Sequence<Frag<F>> {
+    let mut frags = Sequence::<Frag<F>>::new();
+    #[unroll]
+    for m in 0..comptime!(bp.held) {
+        let i = comptime!(2 * (m * BLOCKS + j));
+        frags.push(to_frag::<F>(x.index(i), x.index(comptime!(i + 1))));
+    }
+    frags
+}
+
+/// dV of tile `j`, left in shared memory, from $dN = dS^T (e^{G_C - G} K)^T$ less its factors, and from dV of the
+/// tile behind it.
+#[cube]
+fn value_gradients<F: Float>(
+    mma: &Mma<F>,
+    tile: &mut Tile<F>,
+    factors: &SharedMemory<f32>,
+    dn: &mut Sequence<Acc>,
+    dv: &mut Sequence<Acc>,
+    d_o: &Sequence<Frag<F>>,
+    outputs: usize,
+    from: Target,
+    at: Lane,
+    #[comptime] j: usize,
+    #[comptime] bp: Blueprint,
+) {
+    let held = comptime!(bp.held);
+    let per = comptime!(2 * BLOCKS);
+    let lane = at.lane;
+    // Blocks are right operands by depth: they are read transposed.
+    let blocks = from.blocks + in_block(lane % 16, lane / 16);
+    if comptime!(bp.spec.decay == Decay::Head) {
+        scale_pair(dn, factors, from.factors + WRITE_AT, j, per, lane, held);
+    }
+    #[unroll]
+    for r in 0..comptime!(bp.read_blocks()) {
+        if comptime!(j < bp.p_blocks(r)) {
+            let p = load::<F>(mma, tile, blocks + comptime!(bp.p_block(r, j) * BLOCK_UNITS), true);
+            mma2::<F>(mma, d_o, r, bp.read_blocks(), &p, dn, comptime!(2 * j), per, held);
+        }
+    }
+    if comptime!(j + 1 < BLOCKS) {
+        let erased = tokens::<F>(dv, comptime!(j + 1), bp);
+        let erase = load::<F>(mma, tile, blocks + comptime!(ERASE_BLOCK * BLOCK_UNITS), true);
+        mma2::<F>(mma, &erased, 0usize, 1usize, &erase, dn, comptime!(2 * j), per, held);
+    }
+    scale_pair(dn, factors, from.factors + comptime!(bp.betas_at()), j, per, lane, held);
+    let leaf = load::<F>(mma, tile, blocks + comptime!(j * BLOCK_UNITS), true);
+    multiply_leaf::<F>(mma, dn, &leaf, dv, j, true, bp);
+    store_rows_of::<F>(mma, tile, dv, j, per, outputs, at, bp);
+}
+
+/// One chunk, backwards: writes its dV and takes the gradient of the state to its beginning.
+#[cube]
+pub(crate) fn unwind_chunk<F: Float>(
+    mma: &Mma<F>,
+    tile: &mut Tile<F>,
+    factors: &SharedMemory<f32>,
+    d_state: &mut Sequence<Acc>,
+    base: usize,
+    outputs: usize,
+    from: Target,
+    at: Lane,
+    #[comptime] bp: Blueprint,
+) {
+    let keys = base + by_depth(at.lane, comptime!(bp.key_row()));
+    let queries = keys + comptime!(bp.q_at());
+    let mut dn = zeros(comptime!(2 * bp.held * BLOCKS));
+    let mut none = zeros(0usize);
+    read_state::<F>(mma, tile, d_state, &mut dn, &mut none, base, at, bp);
+    let d_o = output_gradients::<F>(mma, tile, base, at, bp);
+    let mut dv = zeros(comptime!(2 * bp.held * BLOCKS));
+    let last = comptime!(BLOCKS - 1);
+    value_gradients::<F>(mma, tile, factors, &mut dn, &mut dv, &d_o, outputs, from, at, last, bp);
+
+    // Work that does not wait for the rest of dV.
+    decay_state(d_state, factors, from, at.lane, bp);
+    #[unroll]
+    for r in 0..comptime!(bp.read_blocks()) {
+        let rows = queries + comptime!(r * TILE * bp.key_row());
+        let mut right = send_for_rows::<F>(mma, tile, rows, 1usize, bp);
+        // The output gradients come exact; what their factor takes from them would be the largest error of all.
+        let mut left = Sequence::<Frag<F>>::new();
+        let mut rest = Sequence::<Frag<F>>::new();
+        #[unroll]
+        for m in 0..comptime!(bp.held) {
+            let f = d_o.index(comptime!(m * bp.read_blocks() + r));
+            let (first, second) = scale_depth::<F>(f, factors, from.factors + READ_AT, r, at.lane);
+            left.push(first);
+            rest.push(second);
+        }
+        add_rows::<F>(mma, tile, d_state, &left, &rest, &mut right, rows, 1usize, true, bp);
+    }
+
+    #[unroll]
+    for down in 1..BLOCKS {
+        let j = comptime!(BLOCKS - 1 - down);
+        value_gradients::<F>(mma, tile, factors, &mut dn, &mut dv, &d_o, outputs, from, at, j, bp);
+    }
+    erase::<F>(mma, tile, factors, d_state, &mut dv, keys, from, at, bp);
+}
+
+/// $dS \leftarrow dS - (e^G K)^T dV$. Consumes dV.
+#[cube]
+fn erase<F: Float>(
+    mma: &Mma<F>,
+    tile: &Tile<F>,
+    factors: &SharedMemory<f32>,
+    d_state: &mut Sequence<Acc>,
+    dv: &mut Sequence<Acc>,
+    keys: usize,
+    from: Target,
+    at: Lane,
+    #[comptime] bp: Blueprint,
+) {
+    let mut right = send_for_rows::<F>(mma, tile, keys, BLOCKS, bp);
+    let mut left = Sequence::<Frag<F>>::new();
+    #[unroll]
+    for m in 0..comptime!(bp.held) {
+        #[unroll]
+        for j in 0..BLOCKS {
+            #[unroll]
+            for half in 0..2usize {
+                let by = factor_pair(factors, from.factors + ERASE_AT, comptime!(2 * j + half), at.lane);
+                let n = comptime!(2 * (m * BLOCKS + j) + half);
+                scale_columns(dv.index_mut(n), by * Vector::cast_from(-1.0f32));
+            }
+            let n = comptime!(2 * (m * BLOCKS + j));
+            left.push(to_frag::<F>(dv.index(n), dv.index(comptime!(n + 1))));
+        }
+    }
+    add_rows::<F>(mma, tile, d_state, &left, &left, &mut right, keys, BLOCKS, false, bp);
+}

@@ -1,0 +1,327 @@
+//! Backward: `prepare`, `sweep` in both directions, `gradients`; and sums over the heads of a group, and of the gate's
+//! constants, where there are any.
+
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+use delta_rule_kernels::mma::gradients::collect::{
+    COLLECT_UNITS, CONSTANTS_UNITS, collect, collect_constants,
+};
+use delta_rule_kernels::mma::gradients::{GradientsBlueprint, gradients};
+use delta_rule_kernels::mma::sweep::{KEPT, sweep};
+use delta_rule_kernels::mma::{Blueprint, CHUNK, Pass, TILE};
+use delta_rule_kernels::{Spec, StridesLaunch};
+
+use super::{Launches, Records, applies, fits_page, most_chunks, scratch, widest_that_fills};
+use crate::gpu::backward::{Adjoint, Destinations};
+use crate::gpu::call::{Call, Table, array, cubes, strides, written};
+use crate::gpu::tensors::Checked;
+use crate::{Ident, Result};
+
+/// What is launched for a call.
+pub(in crate::gpu) struct BackwardPlan {
+    sweep: Blueprint,
+    gradients: GradientsBlueprint,
+}
+
+/// The plan, or nothing where the portable kernels have to do: where those of the forward do, with gates per channel,
+/// and where a block does not fit into shared memory.
+pub(in crate::gpu) fn plan_backward<R: Runtime>(
+    client: &ComputeClient<R>,
+    call: &Call<R>,
+    from: &Adjoint<R>,
+    to: &Destinations<R>,
+) -> Option<BackwardPlan> {
+    if !applies(client, call, &[&from.o, &to.q, &to.k, &to.v]) {
+        return None;
+    }
+    let spec = call.spec();
+    let hardware = &client.properties().hardware;
+    let shape = call.problem.shape();
+    let packed = call.problem.cu_seqlens().is_some();
+    let gradients = GradientsBlueprint::new(spec, packed)
+        .filter(|bp| bp.shared_memory() <= hardware.max_shared_memory_size)?;
+    let fits = |bp: &Blueprint| bp.sweep_bytes() <= hardware.max_shared_memory_size;
+    let tiles = sweep_blueprints(spec, packed).filter(fits);
+    // Both directions run side by side.
+    let heads = 2 * call.problem.sequences() * shape.value_heads;
+    let multiprocessors = hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
+    let sweep = widest_that_fills(tiles, heads, multiprocessors)?;
+    let chunks = most_chunks(call);
+    let heads = shape.value_heads;
+    let sizes = Sizes::new(call, chunks);
+    let fits = Records::fit(client, &sweep, chunks * heads)
+        && [sizes.residuals, sizes.states, sizes.parts].iter().all(|&n| fits_page(client, n * sizes.element));
+    fits.then_some(BackwardPlan { sweep, gradients })
+}
+
+/// Blueprints of `sweep`, from wide tiles to narrow ones: a plane holds 16 rows of a state, since what a chunk needs
+/// beside it is more than in the forward.
+fn sweep_blueprints(spec: Spec, packed: bool) -> impl Iterator<Item = Blueprint> {
+    let tiles = [128, 64, 32, 16].into_iter().filter(move |&tile| tile <= 64 || spec.key_dim <= 128);
+    let mut tiles: Vec<_> = tiles.map(|tile| tile.min(spec.value_dim)).collect();
+    tiles.dedup();
+    tiles.into_iter().map(move |value_tile| Blueprint {
+        spec,
+        value_tile,
+        held: 1,
+        groups: 1,
+        packed,
+        prepared: true,
+        pass: Pass::Unwind,
+    })
+}
+
+/// Elements of scratch.
+struct Sizes {
+    element: usize,
+    residuals: usize,
+    states: usize,
+    /// Gradients of q or k by value head, where heads are grouped.
+    parts: usize,
+}
+
+impl Sizes {
+    fn new<R: Runtime>(call: &Call<R>, chunks: usize) -> Self {
+        let shape = call.problem.shape();
+        let of_heads = |x: usize| if call.group() > 1 { x * shape.value_heads / shape.heads } else { 0 };
+        let kept = kept_states(call, chunks);
+        Self {
+            element: call.dtypes.data.size(),
+            residuals: chunks * shape.value_heads * CHUNK * shape.value_dim,
+            states: kept * shape.value_heads * shape.value_dim * shape.key_dim,
+            parts: of_heads(call.k.elements),
+        }
+    }
+}
+
+/// At most this many states of a head are kept.
+fn kept_states<R: Runtime>(call: &Call<R>, chunks: usize) -> usize {
+    (chunks + call.problem.sequences()).div_ceil(KEPT)
+}
+
+/// `prepare`, `sweep`, `gradients` and what is to be added up.
+pub(in crate::gpu) fn backward<R: Runtime>(
+    client: &ComputeClient<R>,
+    call: &Call<R>,
+    from: &Adjoint<R>,
+    to: &Destinations<R>,
+    plan: BackwardPlan,
+) -> Result<()> {
+    let BackwardPlan { sweep: bp, gradients } = plan;
+    let table = bp.packed.then(|| Table::new(call.problem, CHUNK)).transpose()?;
+    let on = Launches::new(client, call, table, &to.initial_state);
+    let records = Records::new(client, &bp, on.chunks * on.value_heads())?;
+    let sizes = Sizes::new(call, on.chunks);
+    let buffer = |elements: usize| Buffer::new(client, elements, sizes.element);
+    let kept = Kept {
+        residuals: buffer(sizes.residuals)?,
+        states: buffer(sizes.states)?,
+        d_states: buffer(sizes.states)?,
+    };
+    on.prepare(&records, bp);
+    on.sweep(from, to, &records, &kept, bp);
+
+    let problem = call.problem;
+    // Where sequences are packed a block may begin with every chunk.
+    let rows = problem.sequences() * problem.steps().div_ceil(CHUNK).div_ceil(KEPT);
+    let blocks = if bp.packed { on.chunks } else { rows };
+    let constants = Buffer::new(client, 2 * blocks * on.value_heads(), 4)?;
+    let grouped = call.group() > 1;
+    let parts = [buffer(sizes.parts)?, buffer(sizes.parts)?];
+    if blocks > 0 {
+        on.gradients(from, to, &kept, &constants, grouped.then_some(&parts), blocks, gradients);
+    }
+    if grouped && blocks > 0 {
+        on.collect(&parts[0], &to.q, Ident::Q);
+        on.collect(&parts[1], &to.k, Ident::K);
+    }
+    on.collect_constants(to, &constants, blocks);
+    Ok(())
+}
+
+/// Scratch of a number of elements.
+struct Buffer {
+    handle: Handle,
+    elements: usize,
+}
+
+impl Buffer {
+    fn new<R: Runtime>(client: &ComputeClient<R>, elements: usize, size: usize) -> Result<Self> {
+        Ok(Self { handle: scratch(client, elements * size)?, elements })
+    }
+
+    fn arg<R: Runtime>(&self) -> ArrayArg<R> {
+        array(&self.handle, self.elements.max(8))
+    }
+}
+
+/// What `sweep` leaves for `gradients`.
+struct Kept {
+    residuals: Buffer,
+    states: Buffer,
+    d_states: Buffer,
+}
+
+impl<R: Runtime> Launches<'_, R> {
+    fn sweep(&self, from: &Adjoint<R>, to: &Destinations<R>, records: &Records, kept: &Kept, bp: Blueprint) {
+        let call = self.call;
+        let sequences = call.problem.sequences();
+        // Safety: every index lies inside its buffer, as `checked` has found from shapes and strides.
+        unsafe {
+            sweep::launch_unchecked::<R>(
+                self.client,
+                cubes(self.client, 2 * sequences * self.value_heads() * bp.value_tiles()),
+                CubeDim::new_1d(bp.units() as u32),
+                self.arg(Some(&call.q)),
+                self.arg(Some(&call.k)),
+                self.arg(Some(&call.v)),
+                self.arg(Some(&from.o)),
+                self.arg(call.initial_state.as_ref()),
+                self.arg(from.final_state.as_ref()),
+                self.table(),
+                records.blocks(),
+                records.factors(),
+                kept.residuals.arg(),
+                kept.states.arg(),
+                kept.d_states.arg(),
+                written(self.client, &to.v),
+                to.initial_state.arg(),
+                strides(Some(&call.q)),
+                strides(Some(&call.k)),
+                strides(Some(&call.v)),
+                strides(Some(&from.o)),
+                strides(Some(&to.v)),
+                call.state_strides(call.initial_state.as_ref()),
+                call.state_strides(from.final_state.as_ref()),
+                call.state_strides(Some(&to.initial_state)),
+                call.problem.shape().tokens as u32,
+                sequences as u32,
+                self.value_heads() as u32,
+                call.group(),
+                from.final_state.is_some(),
+                bp,
+                call.dtypes.data,
+            );
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn gradients(
+        &self,
+        from: &Adjoint<R>,
+        to: &Destinations<R>,
+        kept: &Kept,
+        constants: &Buffer,
+        parts: Option<&[Buffer; 2]>,
+        blocks: usize,
+        bp: GradientsBlueprint,
+    ) {
+        let call = self.call;
+        let (client, shape) = (self.client, call.problem.shape());
+        let d_g = to.g.as_ref().map_or_else(|| written(client, &to.beta), |g| written(client, g));
+        // Where heads are grouped each value head writes its own share.
+        let (dq, dk) = match parts {
+            Some([q, k]) => (q.arg(), k.arg()),
+            None => (written(client, &to.q), written(client, &to.k)),
+        };
+        let share = |rows: usize, whole: &Checked<R>| match parts {
+            Some(_) => {
+                let row = (shape.value_heads * shape.key_dim) as u32;
+                StridesLaunch::new(rows as u32 * row, row, shape.key_dim as u32)
+            }
+            None => strides(Some(whole)),
+        };
+        // Safety: as above.
+        unsafe {
+            gradients::launch_unchecked::<R>(
+                client,
+                cubes(client, blocks * self.value_heads()),
+                CubeDim::new_1d(bp.units() as u32),
+                self.arg(Some(&call.q)),
+                self.arg(Some(&call.k)),
+                self.arg(Some(&from.o)),
+                self.arg(Some(&to.v)),
+                self.arg(Some(&call.beta)),
+                self.arg(call.g.as_ref()),
+                self.arg(call.a_log.as_ref()),
+                self.arg(call.dt_bias.as_ref()),
+                self.table(),
+                kept.residuals.arg(),
+                kept.states.arg(),
+                kept.d_states.arg(),
+                dq,
+                dk,
+                written(client, &to.beta),
+                d_g,
+                constants.arg(),
+                strides(Some(&call.q)),
+                strides(Some(&call.k)),
+                strides(Some(&from.o)),
+                strides(Some(&to.v)),
+                strides(Some(&call.beta)),
+                strides(call.g.as_ref()),
+                share(shape.tokens, &to.q),
+                share(call.problem.steps(), &to.k),
+                strides(Some(&to.beta)),
+                strides(to.g.as_ref()),
+                shape.tokens as u32,
+                call.problem.sequences() as u32,
+                blocks as u32,
+                self.value_heads() as u32,
+                call.group(),
+                (shape.value_dim / TILE) as u32,
+                call.scale(),
+                call.lower_bound(),
+                bp,
+                self.dtypes(),
+            );
+        }
+    }
+
+    /// Adds the shares of a group's value heads.
+    fn collect(&self, parts: &Buffer, out: &Checked<R>, ident: Ident) {
+        let problem = self.call.problem;
+        let shape = problem.shape();
+        let per_row = if ident == Ident::Q { shape.tokens } else { problem.steps() };
+        let channels = shape.key_dim / 8;
+        let rows = shape.batch * per_row;
+        // Safety: as above.
+        unsafe {
+            collect::launch_unchecked::<R>(
+                self.client,
+                cubes(self.client, (rows * shape.heads * channels).div_ceil(COLLECT_UNITS)),
+                CubeDim::new_1d(COLLECT_UNITS as u32),
+                parts.arg(),
+                written(self.client, out),
+                strides(Some(out)),
+                rows as u32,
+                per_row as u32,
+                shape.heads as u32,
+                self.call.group(),
+                channels as u32,
+                self.call.dtypes.data,
+            );
+        }
+    }
+
+    fn collect_constants(&self, to: &Destinations<R>, constants: &Buffer, blocks: usize) {
+        let Some(a_log) = &to.a_log else { return };
+        // Safety: as above.
+        unsafe {
+            collect_constants::launch_unchecked::<R>(
+                self.client,
+                cubes(self.client, self.value_heads()),
+                CubeDim::new_1d(CONSTANTS_UNITS as u32),
+                constants.arg(),
+                self.table(),
+                a_log.arg(),
+                to.dt_bias.as_ref().unwrap_or(a_log).arg(),
+                blocks as u32,
+                self.call.problem.sequences() as u32,
+                self.value_heads() as u32,
+                to.dt_bias.is_some(),
+                self.table.is_some(),
+            );
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! The tensor-core kernels: when they apply, and what the forward and the backward share.
+
+mod backward;
+mod forward;
+
+pub(super) use backward::{backward, plan_backward};
+pub(super) use forward::{launch, plan};
+
+use cubecl::ir::StorageType;
+use cubecl::ir::features::MmaConfig;
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+use delta_rule_kernels::mma::{Blueprint, CHUNK, Pass, prepare};
+use delta_rule_kernels::{self as kernels, Spec};
+
+use super::call::{Call, Table, array, cubes, strides};
+use super::tensors::Checked;
+use super::{MIN_BUFFER, f32_type};
+use crate::{Decay, Error, Result};
+
+/// Whether the instructions, the shapes and the layout of `tensors` suit the tensor-core kernels. Not so: f32 data, a
+/// device without the instructions, head dimensions that are no multiples of 16, rows that cannot be read 16 bytes at a
+/// time, or another chunk size.
+fn applies<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, tensors: &[&Checked<R>]) -> bool {
+    let spec = call.spec();
+    let own = [&call.q, &call.k, &call.v];
+    has_instructions(client, call.dtypes.data)
+        && call.options.chunk_size.is_none_or(|c| c == CHUNK)
+        && spec.key_dim.is_multiple_of(16)
+        && spec.value_dim.is_multiple_of(16)
+        && (call.problem.rule().decay != Decay::Channel || spec.micro_steps == 1)
+        && own.iter().chain(tensors).all(|t| t.vectorizes(call.dtypes.data, 8))
+}
+
+/// Whether the device multiplies 16 x 8 x 16 tiles of `dtype` into f32, and loads and stores them by matrices.
+fn has_instructions<R: Runtime>(client: &ComputeClient<R>, dtype: StorageType) -> bool {
+    let features = client.features();
+    let instruction = MmaConfig { a_type: dtype, b_type: dtype, cd_type: f32_type(), m: 16, n: 8, k: 16 };
+    features.matmul.mma.contains(&instruction)
+        && features.matmul.ldmatrix.contains(&dtype)
+        && features.matmul.stmatrix.contains(&dtype)
+}
+
+/// Blueprints of one pass, from wide tiles to narrow ones.
+fn blueprints(spec: Spec, pass: Pass, packed: bool) -> impl Iterator<Item = Blueprint> {
+    let has_initial_state = match pass {
+        Pass::Whole | Pass::Replay | Pass::Unwind => spec.has_initial_state,
+        Pass::Transfer => false,
+        Pass::Segments => true,
+    };
+    let spec = Spec { has_initial_state, ..spec };
+    let rows = spec.value_dim + if pass == Pass::Transfer { spec.key_dim } else { 0 };
+    tiles(spec.key_dim, rows).map(move |(value_tile, held)| {
+        // With narrow tiles the scan is a chain of short steps: nothing else may be in its way, and two
+        // groups of planes have time to fetch.
+        let groups = if held * spec.key_dim <= 128 && value_tile <= 32 { 2 } else { 1 };
+        let prepared =
+            value_tile < spec.value_dim || spec.decay == kernels::Decay::Channel || pass != Pass::Whole;
+        Blueprint { spec, value_tile, held, groups, packed, prepared, pass }
+    })
+}
+
+/// `(value_tile, held)` from wide to narrow, at most four scanning planes each.
+fn tiles(key_dim: usize, value_dim: usize) -> impl Iterator<Item = (usize, usize)> {
+    let wide = if key_dim <= 128 { 2 } else { 1 };
+    let all = [(128, 2), (64, 2), (64, 1), (32, 1), (16, 1)];
+    let mut kept: Vec<(usize, usize)> = all
+        .into_iter()
+        .filter(|&(_, held)| held <= wide)
+        .map(|(tile, held)| (tile.min(value_dim.next_multiple_of(16 * held)), held))
+        .collect();
+    kept.dedup();
+    kept.into_iter()
+}
+
+/// The widest of `tiles`; narrower ones when it would leave multiprocessors idle.
+fn widest_that_fills(
+    mut tiles: impl Iterator<Item = Blueprint>,
+    heads: usize,
+    multiprocessors: usize,
+) -> Option<Blueprint> {
+    let mut widest = tiles.next()?;
+    for bp in tiles {
+        if heads * widest.value_tiles() * 4 >= multiprocessors * 3 {
+            break;
+        }
+        widest = bp;
+    }
+    Some(widest)
+}
+
+/// Chunks of all sequences: each rounds up to whole ones.
+fn most_chunks<R: Runtime>(call: &Call<R>) -> usize {
+    let problem = call.problem;
+    (problem.shape().batch * problem.steps()).div_ceil(CHUNK) + problem.sequences()
+}
+
+/// Whether a buffer of that size may be had.
+fn fits_page<R: Runtime>(client: &ComputeClient<R>, bytes: usize) -> bool {
+    rounded(bytes) as u64 <= client.properties().memory.max_page_size
+}
+
+/// Few sizes, since the client keeps each buffer: at most an eighth more than asked for.
+fn rounded(bytes: usize) -> usize {
+    bytes.next_multiple_of((bytes.next_power_of_two() / 16).max(1))
+}
+
+/// Scratch that the client keeps for the next call.
+fn scratch<R: Runtime>(client: &ComputeClient<R>, bytes: usize) -> Result<Handle> {
+    client
+        .memory_persistent_allocation(rounded(bytes).max(MIN_BUFFER), |bytes| client.empty(bytes))
+        .map_err(|e| Error::Device { what: e.to_string() })
+}
+
+/// What the launches of a call share.
+struct Launches<'a, R: Runtime> {
+    client: &'a ComputeClient<R>,
+    call: &'a Call<'a, R>,
+    /// Absent for rows of a batch.
+    table: Option<(Handle, usize)>,
+    segments: usize,
+    chunks: usize,
+    /// Bound where nothing is read.
+    unused: &'a Checked<R>,
+}
+
+impl<'a, R: Runtime> Launches<'a, R> {
+    fn new(
+        client: &'a ComputeClient<R>,
+        call: &'a Call<'a, R>,
+        table: Option<Table>,
+        unused: &'a Checked<R>,
+    ) -> Self {
+        let problem = call.problem;
+        let whole_rows = (problem.sequences(), problem.sequences() * problem.steps().div_ceil(CHUNK));
+        let (segments, chunks) = table.as_ref().map_or(whole_rows, |table| (table.segments, table.chunks));
+        let table = table.map(|table| (table.upload(client), table.entries.len()));
+        Self { client, call, table, segments, chunks, unused }
+    }
+
+    fn value_heads(&self) -> usize {
+        self.call.problem.shape().value_heads
+    }
+
+    fn table(&self) -> ArrayArg<R> {
+        self.table.as_ref().map_or_else(|| self.unused.arg(), |(handle, len)| array(handle, *len))
+    }
+
+    /// What is absent or has no elements is never read.
+    fn arg(&self, tensor: Option<&Checked<R>>) -> ArrayArg<R> {
+        match tensor {
+            Some(t) if t.elements > 0 => t.arg(),
+            _ => self.unused.arg(),
+        }
+    }
+
+    fn dtypes(&self) -> [StorageType; 3] {
+        [self.call.dtypes.data, self.call.dtypes.beta, self.call.dtypes.gate]
+    }
+
+    /// Fills the records of all chunks. `bp` is that of the scan.
+    fn prepare(&self, records: &Records, bp: Blueprint) {
+        if records.count == 0 {
+            return;
+        }
+        let call = self.call;
+        // It does not depend on how the values are dealt.
+        let bp = Blueprint { value_tile: 16, held: 1, groups: 1, ..bp.recorded() };
+        // Safety: every index lies inside its buffer, as `checked` has found from shapes and strides.
+        unsafe {
+            prepare::launch_unchecked::<R>(
+                self.client,
+                cubes(self.client, records.count),
+                CubeDim::new_1d(bp.prepare_units() as u32),
+                self.arg(Some(&call.q)),
+                self.arg(Some(&call.k)),
+                self.arg(Some(&call.beta)),
+                self.arg(call.g.as_ref()),
+                self.arg(call.a_log.as_ref()),
+                self.arg(call.dt_bias.as_ref()),
+                self.table(),
+                records.blocks(),
+                records.factors(),
+                strides(Some(&call.q)),
+                strides(Some(&call.k)),
+                strides(Some(&call.beta)),
+                strides(call.g.as_ref()),
+                call.problem.shape().tokens as u32,
+                self.segments as u32,
+                self.chunks as u32,
+                self.value_heads() as u32,
+                call.group(),
+                call.scale(),
+                call.lower_bound(),
+                bp,
+                self.dtypes(),
+            );
+        }
+    }
+}
+
+/// What `prepare` leaves of every chunk and head.
+struct Records {
+    count: usize,
+    units: usize,
+    floats: usize,
+    blocks: Handle,
+    factors: Handle,
+}
+
+impl Records {
+    /// Room for `count` records, which may be none.
+    fn new<R: Runtime>(client: &ComputeClient<R>, bp: &Blueprint, count: usize) -> Result<Self> {
+        let (units, floats) = bp.record();
+        let (blocks, factors) = (scratch(client, 16 * units * count)?, scratch(client, 4 * floats * count)?);
+        Ok(Self { count, units, floats, blocks, factors })
+    }
+
+    /// Whether they fit into one buffer each.
+    fn fit<R: Runtime>(client: &ComputeClient<R>, bp: &Blueprint, count: usize) -> bool {
+        let (units, floats) = bp.record();
+        fits_page(client, count * (16 * units).max(4 * floats))
+    }
+
+    fn blocks<R: Runtime>(&self) -> ArrayArg<R> {
+        array(&self.blocks, (8 * self.units * self.count).max(8))
+    }
+
+    fn factors<R: Runtime>(&self) -> ArrayArg<R> {
+        array(&self.factors, (self.floats * self.count).max(4))
+    }
+}
