@@ -225,6 +225,10 @@ inline float __shfl_up_sync(unsigned, float x, uint32_t by) {
     uint32_t lane = threadIdx.x % 32;
     return shuffle(x, lane >= by ? lane - by : lane);
 }
+inline float __shfl_down_sync(unsigned, float x, uint32_t by) {
+    uint32_t lane = threadIdx.x % 32;
+    return shuffle(x, lane + by < 32 ? lane + by : lane);
+}
 
 namespace machine {
 /// What a kernel has asked for, and whether a row of a matrix lay outside.

@@ -99,6 +99,11 @@ pub(crate) fn generate_for(
 /// Compiles all that was generated since the last call: nothing may spill. `None`, said aloud, without a
 /// toolchain.
 pub(crate) fn compile_all() -> Option<Vec<Generated>> {
+    compile_with_spills(0)
+}
+
+/// The same where `ptxas` may choose to spill so many bytes, for room for one more cube on a multiprocessor.
+pub(crate) fn compile_with_spills(most: u32) -> Option<Vec<Generated>> {
     let kernels = take_generated();
     let Some(root) = toolchain() else {
         assert!(
@@ -116,7 +121,7 @@ pub(crate) fn compile_all() -> Option<Vec<Generated>> {
                     "{:40} units {:4} registers {:3} spills {:4} stack {:4} shared {:6}",
                     kernel.name, kernel.units, c.registers, c.spills, c.stack, kernel.shared_memory
                 );
-                if c.spills > 0 || c.stack > 0 {
+                if c.spills > most || c.stack > most {
                     failures.push(format!("{} spills {} bytes, stack {}", kernel.name, c.spills, c.stack));
                 }
             }

@@ -1,0 +1,51 @@
+//! The backward's tensor-core kernels are generated, compiled by NVRTC and `ptxas`, and must not spill.
+
+mod common;
+
+use common::{Way, bf16_type, compile_all, compile_with_spills, f16_type, generate};
+use delta_rule::{BetaTransform, GateTransform, Options, Rule};
+use delta_rule_offline::Generated;
+
+fn check(kernels: Option<Vec<Generated>>, calls: usize) {
+    let Some(kernels) = kernels else { return };
+    let named = |name: &str| kernels.iter().filter(|k| k.name.starts_with(name)).count();
+    for name in ["prepare", "sweep", "gradients"] {
+        assert_eq!(named(name), calls, "{name}");
+    }
+}
+
+#[test]
+fn backward_kernels_compile_without_spills() {
+    let plain = Options::new();
+    let fused = Options::new().with_qk_l2norm(true).with_beta(BetaTransform::TwoSigmoid);
+    let softplus = fused.clone().with_gate(GateTransform::Softplus);
+    let mut calls = 0;
+    let mut call = |rule, heads, dims, dtype, options: &Options| {
+        generate(Way::Backward, rule, heads, dims, dtype, options);
+        calls += 1;
+    };
+    let rules =
+        [Rule::deltanet(), Rule::gated_deltanet(), Rule::delta_product(2), Rule::gated_delta_product(3)];
+    for rule in rules {
+        // Many heads and few: the widest tile of values and the narrowest.
+        for heads in [256, 32, 2] {
+            call(rule, heads, [128, 128], bf16_type(), &plain);
+        }
+        call(rule, 256, [64, 64], bf16_type(), &plain);
+        call(rule, 256, [128, 128], f16_type(), &fused);
+    }
+    for heads in [256, 2] {
+        call(Rule::gated_deltanet(), heads, [96, 96], bf16_type(), &softplus);
+        call(Rule::gated_deltanet(), heads, [128, 128], bf16_type(), &softplus);
+    }
+    check(compile_all(), calls);
+
+    // Of other dimensions `ptxas` may spill a few bytes, by its own choice: it has registers left.
+    let others = [[16, 48], [32, 32], [80, 112], [128, 256]];
+    for dims in others {
+        for heads in [256, 2] {
+            generate(Way::Backward, Rule::gated_deltanet(), heads, dims, bf16_type(), &softplus);
+        }
+    }
+    check(compile_with_spills(32), 2 * others.len());
+}
