@@ -20,7 +20,7 @@ fn main() {
     #[cfg(feature = "cuda")]
     if std::env::var("DELTA_RULE_BENCH").is_ok_and(|b| b == "h200") {
         let filters: Vec<_> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-        return engines::h200::run(&filters);
+        return engines::h200::run(&filters, engines::Pass::Forward);
     }
     benches();
     Criterion::default().configure_from_args().final_summary();

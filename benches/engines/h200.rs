@@ -1,4 +1,4 @@
-//! The forward on large shapes, as `docs/performance.md` lists them: bf16 data, f32 states, one line each.
+//! The forward or the backward on large shapes, as `docs/performance.md` lists them: bf16 data, f32 states, one line each.
 
 use std::time::Instant;
 
@@ -6,8 +6,10 @@ use delta_rule::cubecl::cuda::CudaRuntime;
 use delta_rule::cubecl::future::block_on;
 use delta_rule::cubecl::prelude::*;
 use delta_rule::cubecl::std::tensor::TensorHandle;
-use delta_rule::gpu::{DTypes, DeviceInputs, client, forward, forward_into};
+use delta_rule::gpu::{DTypes, DeviceInputs, DeviceOutputGradients, backward, client, forward, forward_into};
 use delta_rule::{Decay, Ident, Options, Problem, Rule, Shape};
+
+use super::Pass;
 
 /// What a GPU that does nothing but copy reaches, in bytes per ns: the floor is the time to read the inputs and
 /// to write the outputs once.
@@ -28,6 +30,27 @@ struct Case {
 enum Gates {
     Weak,
     Zero,
+}
+
+fn backward_cases() -> Vec<Case> {
+    let d = |b, t, h| [b, t, h, 128, 128];
+    let case = |rule, shape, fla| Case { rule, shape, gates: Gates::Weak, packed: 0, fla };
+    let mut out = Vec::new();
+    for (rule, wide, long, narrow) in [
+        ("deltanet", 1.94, 7.76, None),
+        ("gated_deltanet", 2.60, 10.4, Some(1.35)),
+        ("kda", 8.23, 32.9, Some(4.18)),
+        ("delta_product_2", 5.77, 23.1, None),
+    ] {
+        out.push(case(rule, d(8, 2048, 32), Some(wide)));
+        out.push(case(rule, d(1, 65536, 32), Some(long)));
+        out.push(case(rule, d(1, 8192, 32), narrow));
+    }
+    out.push(case("gated_deltanet", [8, 2048, 32, 64, 64], None));
+    out.push(case("gated_deltanet", [8, 2048, 32, 96, 96], None));
+    out.push(Case { packed: 8, ..case("gated_deltanet", d(1, 16384, 32), None) });
+    out.push(Case { gates: Gates::Zero, ..case("gated_deltanet", d(8, 2048, 32), None) });
+    out
 }
 
 fn cases() -> Vec<Case> {
@@ -104,7 +127,7 @@ fn bf16_type() -> delta_rule::cubecl::ir::StorageType {
 }
 
 /// Times the cases that all filters match: each a part of a rule's name or of the shape as printed.
-pub(crate) fn run(filters: &[String]) {
+pub(crate) fn run(filters: &[String], pass: Pass) {
     let Ok(client) = client::<CudaRuntime>(&Default::default()) else {
         println!("SKIPPED: there is no CUDA device");
         return;
@@ -113,7 +136,7 @@ pub(crate) fn run(filters: &[String]) {
         "{:16} {:>24} {:5} {:>9} {:>9} {:>9} {:>8} {:>8} {:>9}",
         "rule", "B x T x HV x K x V", "gates", "first s", "ms", "ns/th", "of floor", "FLA ms", "x FLA"
     );
-    for case in cases() {
+    for case in if pass == Pass::Forward { cases() } else { backward_cases() } {
         let [batch, tokens, heads, key_dim, value_dim] = case.shape;
         let packed = if case.packed > 0 { format!("{}:", case.packed) } else { String::new() };
         let label = format!("{packed}{batch} x {tokens} x {heads} x {key_dim} x {value_dim}");
@@ -150,16 +173,26 @@ pub(crate) fn run(filters: &[String]) {
         let start = Instant::now();
         let out = forward(&client, &problem, &options, inputs(), dtypes).expect("a valid call");
         block_on(client.sync()).expect("the device works");
-        let first = start.elapsed().as_secs_f64();
+        let mut first = start.elapsed().as_secs_f64();
+        // The gradients of o are like v.
+        let upstream = new(Ident::O, true, &|x| 2.0 * x - 1.0);
         let call = |n: usize| {
             let start = Instant::now();
             for _ in 0..n {
+                if pass == Pass::Backward {
+                    let upstream = DeviceOutputGradients { o: upstream.clone().binding(), final_state: None };
+                    backward(&client, &problem, &options, inputs(), upstream, dtypes).expect("a valid call");
+                    continue;
+                }
                 let (o, state) = (out.o.clone().binding(), out.final_state.clone().binding());
                 forward_into(&client, &problem, &options, inputs(), dtypes, o, state).expect("a valid call");
             }
             block_on(client.sync()).expect("the device works");
             start.elapsed().as_secs_f64()
         };
+        if pass == Pass::Backward {
+            first = call(1);
+        }
         // What a wait costs is taken out: the slope between few launches and many.
         let mut slopes: Vec<f64> = (0..7)
             .map(|_| {
@@ -170,9 +203,19 @@ pub(crate) fn run(filters: &[String]) {
         slopes.sort_by(f64::total_cmp);
         let seconds = slopes[3];
         let elements = |idents: &[Ident]| idents.iter().map(|&i| problem.len_of(i)).sum::<usize>();
-        let bytes = 2 * elements(&[Ident::Q, Ident::K, Ident::V, Ident::O])
-            + 4 * elements(&[Ident::Beta, Ident::FinalState])
-            + g.as_ref().map_or(0, |_| 4 * problem.len_of(Ident::G));
+        let gates = 4 * (problem.len_of(Ident::Beta) + g.as_ref().map_or(0, |_| problem.len_of(Ident::G)));
+        let bytes = match pass {
+            Pass::Backward => {
+                let read_and_written = 2 * elements(&[Ident::Q, Ident::K, Ident::V]);
+                2 * (read_and_written + gates)
+                    + 2 * problem.len_of(Ident::O)
+                    + 4 * problem.len_of(Ident::FinalState)
+            }
+            _ => {
+                let states = 4 * problem.len_of(Ident::FinalState);
+                2 * elements(&[Ident::Q, Ident::K, Ident::V, Ident::O]) + gates + states
+            }
+        };
         let floor = bytes as f64 / COPY * 1e-9;
         println!(
             "{:16} {:>24} {:5} {:>9.2} {:>9.4} {:>9.3} {:>8.2} {:>8} {:>9}",

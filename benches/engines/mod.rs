@@ -3,7 +3,6 @@
 #[cfg(feature = "gpu")]
 mod device;
 #[cfg(feature = "cuda")]
-#[allow(dead_code, reason = "the bench of the backward prints the common table only")]
 pub(crate) mod h200;
 
 use std::time::{Duration, Instant};
@@ -106,7 +105,7 @@ impl<'a> Engine<'a> {
     /// Every engine of this build.
     pub(crate) fn all(data: &'a Data, pass: Pass) -> Vec<Self> {
         let mut engines = Vec::new();
-        if !std::env::var("DELTA_RULE_BENCH").is_ok_and(|b| b == "h200") {
+        if !std::env::var("DELTA_RULE_BENCH").is_ok_and(|b| b == "large") {
             let call = (&data.problem, Options::new(), data.inputs());
             let upstream = OutputGradients { o: &data.d_o, final_state: None };
             engines.push(Self::on_host("reference_f32", move || {
@@ -177,7 +176,7 @@ pub(crate) fn bench(c: &mut Criterion, pass: Pass) {
 fn shape() -> Shape {
     let (batch, tokens, heads) = match std::env::var("DELTA_RULE_BENCH").as_deref() {
         Ok("full") => (1, 4096, 8),
-        Ok("h200") => (8, 2048, 32),
+        Ok("large") => (8, 2048, 32),
         _ => (1, 512, 4),
     };
     Shape { batch, tokens, heads, value_heads: heads, key_dim: 128, value_dim: 128 }
