@@ -141,11 +141,10 @@ fn writes<F: Float>(
             let erase = load::<F>(mma, tile, blocks + comptime!(ERASE_BLOCK * BLOCK_UNITS), false);
             mma2::<F>(mma, &written, 0usize, 1usize, &erase, x, comptime!(2 * j), per, held);
         }
-        let leaf = load::<F>(mma, tile, blocks + comptime!(j * BLOCK_UNITS), false);
         // Scaled keys have been rounded once more than plain ones, and gradients are made of residuals: what R loses
         // is taken along.
         let two = comptime!(bp.by_channel() || bp.pass == Pass::Replay);
-        multiply_leaf::<F>(mma, x, &leaf, &mut n, j, two, bp);
+        multiply_leaf::<F>(mma, tile, x, blocks, &mut n, j, false, two, bp);
         if comptime!(bp.pass == Pass::Replay) {
             store_rows_of::<F>(mma, tile, &n, j, per, outputs, at, bp);
             scale_pair(&mut n, factors, from.factors + comptime!(bp.betas_at()), j, per, lane, held);
@@ -204,14 +203,16 @@ pub(crate) fn store_rows_of<F: Float>(
     }
 }
 
-/// Adds tile `j` of tokens of `x` times a leaf to that of `to`, `x` in two parts if asked for.
+/// Adds tile `j` of tokens of `x` times its leaf, one of `blocks`, to that of `to`, `x` in two parts if asked for.
 #[cube]
 pub(crate) fn multiply_leaf<F: Float>(
     mma: &Mma<F>,
+    tile: &Tile<F>,
     x: &Sequence<Acc>,
-    leaf: &Frag<F>,
+    blocks: usize,
     to: &mut Sequence<Acc>,
     #[comptime] j: usize,
+    #[comptime] transposed: bool,
     #[comptime] two: bool,
     #[comptime] bp: Blueprint,
 ) {
@@ -229,9 +230,10 @@ pub(crate) fn multiply_leaf<F: Float>(
             left.push(to_frag::<F>(x.index(i), x.index(comptime!(i + 1))));
         }
     }
-    mma2::<F>(mma, &left, 0usize, 1usize, leaf, to, comptime!(2 * j), per, bp.held);
+    let leaf = load::<F>(mma, tile, blocks + comptime!(j * BLOCK_UNITS), transposed);
+    mma2::<F>(mma, &left, 0usize, 1usize, &leaf, to, comptime!(2 * j), per, bp.held);
     if comptime!(two) {
-        mma2::<F>(mma, &rest, 0usize, 1usize, leaf, to, comptime!(2 * j), per, bp.held);
+        mma2::<F>(mma, &rest, 0usize, 1usize, &leaf, to, comptime!(2 * j), per, bp.held);
     }
 }
 

@@ -118,8 +118,7 @@ fn value_gradients<F: Float>(
         mma2::<F>(mma, &erased, 0usize, 1usize, &erase, dn, comptime!(2 * j), per, held);
     }
     scale_pair(dn, factors, from.factors + comptime!(bp.betas_at()), j, per, lane, held);
-    let leaf = load::<F>(mma, tile, blocks + comptime!(j * BLOCK_UNITS), true);
-    multiply_leaf::<F>(mma, dn, &leaf, dv, j, true, bp);
+    multiply_leaf::<F>(mma, tile, dn, blocks, dv, j, true, true, bp);
     store_rows_of::<F>(mma, tile, dv, j, per, outputs, at, bp);
 }
 
