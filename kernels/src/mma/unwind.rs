@@ -139,7 +139,9 @@ pub(crate) fn unwind_chunk<F: Float>(
     let queries = keys + comptime!(bp.q_at());
     let mut dn = zeros(comptime!(2 * bp.held * BLOCKS));
     let mut none = zeros(0usize);
-    read_state::<F>(mma, tile, d_state, &mut dn, &mut none, base, at, bp);
+    // Keys decayed to the end, as the state has taken them.
+    let written = base + comptime!(if bp.by_channel() { bp.kd_at() } else { 0 });
+    read_state::<F>(mma, tile, d_state, &mut dn, &mut none, written, at, bp);
     let d_o = output_gradients::<F>(mma, tile, base, at, bp);
     let mut dv = zeros(comptime!(2 * bp.held * BLOCKS));
     let last = comptime!(BLOCKS - 1);

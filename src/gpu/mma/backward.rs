@@ -15,7 +15,7 @@ use super::{Launches, Records, applies, fits_page, most_chunks, scratch, widest_
 use crate::gpu::backward::{Adjoint, Destinations};
 use crate::gpu::call::{Call, Table, array, cubes, strides, written};
 use crate::gpu::tensors::Checked;
-use crate::{Ident, Result};
+use crate::{Decay, Ident, Result};
 
 /// What is launched for a call.
 pub(in crate::gpu) struct BackwardPlan {
@@ -23,8 +23,8 @@ pub(in crate::gpu) struct BackwardPlan {
     gradients: GradientsBlueprint,
 }
 
-/// The plan, or nothing where the portable kernels have to do: where those of the forward do, with gates per channel,
-/// and where a block does not fit into shared memory.
+/// The plan, or nothing where the portable kernels have to do: where those of the forward do, and where a block does not
+/// fit into shared memory.
 pub(in crate::gpu) fn plan_backward<R: Runtime>(
     client: &ComputeClient<R>,
     call: &Call<R>,
@@ -125,11 +125,12 @@ pub(in crate::gpu) fn backward<R: Runtime>(
     // Where sequences are packed a block may begin with every chunk.
     let rows = problem.sequences() * problem.steps().div_ceil(CHUNK).div_ceil(KEPT);
     let blocks = if bp.packed { on.chunks } else { rows };
-    let constants = Buffer::new(client, 2 * blocks * on.value_heads(), 4)?;
+    let constants = Buffer::new(client, 2 * blocks * on.value_heads() * on.gates(), 4)?;
     let grouped = call.group() > 1;
     let parts = [buffer(sizes.parts)?, buffer(sizes.parts)?];
     if blocks > 0 {
-        on.gradients(from, to, &kept, &constants, grouped.then_some(&parts), blocks, gradients);
+        let parts = grouped.then_some(&parts);
+        on.gradients(from, to, &records, &kept, &constants, parts, blocks, gradients);
     }
     if grouped && blocks > 0 {
         on.collect(&parts[0], &to.q, Ident::Q);
@@ -210,6 +211,7 @@ impl<R: Runtime> Launches<'_, R> {
         &self,
         from: &Adjoint<R>,
         to: &Destinations<R>,
+        records: &Records,
         kept: &Kept,
         constants: &Buffer,
         parts: Option<&[Buffer; 2]>,
@@ -246,6 +248,7 @@ impl<R: Runtime> Launches<'_, R> {
                 self.arg(call.a_log.as_ref()),
                 self.arg(call.dt_bias.as_ref()),
                 self.table(),
+                records.factors(),
                 kept.residuals.arg(),
                 kept.states.arg(),
                 kept.d_states.arg(),
@@ -269,6 +272,7 @@ impl<R: Runtime> Launches<'_, R> {
                 blocks as u32,
                 self.value_heads() as u32,
                 call.group(),
+                records.floats as u32,
                 (shape.value_dim / TILE) as u32,
                 call.scale(),
                 call.lower_bound(),
@@ -276,6 +280,12 @@ impl<R: Runtime> Launches<'_, R> {
                 self.dtypes(),
             );
         }
+    }
+
+    /// Gates of a head.
+    fn gates(&self) -> usize {
+        let by_channel = self.call.problem.rule().decay == Decay::Channel;
+        if by_channel { self.call.problem.shape().key_dim } else { 1 }
     }
 
     /// Adds the shares of a group's value heads.
@@ -319,6 +329,7 @@ impl<R: Runtime> Launches<'_, R> {
                 blocks as u32,
                 self.call.problem.sequences() as u32,
                 self.value_heads() as u32,
+                self.gates(),
                 to.dt_bias.is_some(),
                 self.table.is_some(),
             );

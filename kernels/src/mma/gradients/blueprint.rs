@@ -54,10 +54,15 @@ fn seen(i: usize, n: usize) -> usize {
 }
 
 impl GradientsBlueprint {
-    /// The blueprint for a spec, if there is one: gates per head or none, and a state whose gradient fits into registers
-    /// beside what a chunk of `sweep` needs.
+    /// The blueprint for a spec, if there is one: a state whose gradient fits into registers beside what a chunk of
+    /// `sweep` needs, and with gates per channel one micro-step per token.
     pub fn new(spec: Spec, packed: bool) -> Option<Self> {
-        (spec.decay != Decay::Channel && spec.key_dim <= 128).then_some(Self { spec, packed })
+        let fits = spec.key_dim <= 128 && (spec.decay != Decay::Channel || spec.micro_steps == 1);
+        fits.then_some(Self { spec, packed })
+    }
+
+    pub(crate) fn by_channel(&self) -> bool {
+        self.spec.decay == Decay::Channel
     }
 
     /// Planes of a cube: each has 16 key channels of all rows.
@@ -65,9 +70,13 @@ impl GradientsBlueprint {
         self.spec.key_dim / TILE
     }
 
-    /// Units of a cube.
+    /// Units of a cube: with gates per channel one for each tile and channel, rounded up so that planes lie inside tiles.
     pub fn units(&self) -> usize {
-        32 * self.planes()
+        if self.by_channel() { TILES * self.padded_channels() } else { 32 * self.planes() }
+    }
+
+    pub(crate) fn padded_channels(&self) -> usize {
+        self.spec.key_dim.next_multiple_of(32)
     }
 
     /// 16-row tiles of reads.
@@ -192,8 +201,32 @@ impl GradientsBlueprint {
         if group == 0 { self.dv_at() + BLOCK / PASSES * self.value_row() } else { self.r_at() }
     }
 
-    pub(crate) fn pairs_at(&self) -> usize {
+    /// With gates per channel, keys decayed to the ends of their tiles. Queries and keys, at 0 and `k_at`, are decayed
+    /// from the starts of theirs.
+    pub(crate) fn to_end_at(&self) -> usize {
         self.dv_at() + BLOCK * self.value_row()
+    }
+
+    pub(crate) fn pairs_at(&self) -> usize {
+        self.to_end_at() + if self.by_channel() { BLOCK * self.key_row() } else { 0 }
+    }
+
+    // With gates per channel planes leave sums in f32, rows of twice as many units as a row of keys, in place of all
+    // operands and pairs.
+
+    /// dQ, -E, what H takes from the pairs, and what it takes from the state.
+    pub(crate) fn channel_sums_at(&self, which: usize) -> usize {
+        which * 2 * BLOCK * self.key_row()
+    }
+
+    /// Queries as they came, and keys behind them.
+    pub(crate) fn raw_queries_at(&self) -> usize {
+        let behind_pairs = self.across_at(TILES * (TILES - 1) / 2);
+        if self.by_channel() { behind_pairs.max(self.channel_sums_at(4)) } else { 0 }
+    }
+
+    pub(crate) fn raw_keys_at(&self) -> usize {
+        self.raw_queries_at() + self.k_at()
     }
 
     pub(crate) fn reads_of(&self, pass: usize) -> Span {
@@ -228,7 +261,11 @@ impl GradientsBlueprint {
     }
 
     pub(crate) fn units_of_memory(&self) -> usize {
-        self.across_at(self.pairs() + self.pairs_within())
+        if self.by_channel() {
+            self.raw_keys_at() + BLOCK * self.key_row()
+        } else {
+            self.across_at(self.pairs() + self.pairs_within())
+        }
     }
 
     /// Floats: beta, log decays, reciprocal norms of keys and queries, what their gradients have along them,
@@ -239,9 +276,52 @@ impl GradientsBlueprint {
 
     /// Shared memory in bytes.
     pub fn shared_memory(&self) -> usize {
-        16 * self.units_of_memory() + 4 * self.floats()
+        let (diagonals, floats) = if self.by_channel() {
+            (16 * TILES * DIAGONAL, self.channel_floats())
+        } else {
+            (0, self.floats())
+        };
+        16 * self.units_of_memory() + diagonals + 4 * floats
+    }
+
+    // Floats with gates per channel: factors of rows, then what is kept of tiles and channels.
+
+    /// The decay of each channel over a tile.
+    pub(crate) fn tile_decays_at(&self) -> usize {
+        ROW_FACTORS
+    }
+
+    /// Sums for the gates at or before a tile, and behind it.
+    pub(crate) fn later_at(&self) -> usize {
+        self.tile_decays_at() + TILES * self.spec.key_dim
+    }
+
+    pub(crate) fn earlier_at(&self) -> usize {
+        self.later_at() + TILES * self.spec.key_dim
+    }
+
+    /// The products of the states, channel by channel, from both halves of the planes.
+    pub(crate) fn products_at(&self) -> usize {
+        self.earlier_at() + TILES * self.spec.key_dim
+    }
+
+    /// Sums over the channels of a plane: sum by sum, plane of a tile by plane, row by row.
+    pub(crate) fn row_sums_at(&self, which: usize) -> usize {
+        self.products_at() + 2 * self.spec.key_dim + which * self.channel_planes() * BLOCK
+    }
+
+    /// Planes that share a tile.
+    pub(crate) fn channel_planes(&self) -> usize {
+        self.padded_channels() / 32
+    }
+
+    pub(crate) fn channel_floats(&self) -> usize {
+        self.row_sums_at(3)
     }
 }
+
+/// Fours of floats in a pair of 16 x 16 blocks on the diagonal.
+pub(crate) const DIAGONAL: usize = TILE * TILE / 2;
 
 /// Units of two blocks.
 pub(crate) const PAIR: usize = 2 * BLOCK_UNITS;
@@ -258,3 +338,11 @@ pub(crate) const READ_FACTORS_AT: usize = 6 * BLOCK;
 pub(crate) const E_FACTORS_AT: usize = 7 * BLOCK;
 pub(crate) const H_FACTORS_AT: usize = 8 * BLOCK;
 pub(crate) const PRODUCTS_AT: usize = 9 * BLOCK;
+
+// Floats with gates per channel.
+/// The reciprocal norms of queries, the factors of what is read with them, and the factors of what keys write.
+pub(crate) const READ_NORMS_AT: usize = QUERY_NORMS_AT;
+pub(crate) const READS_AT: usize = BLOCK;
+pub(crate) const WRITES_AT: usize = 4 * BLOCK;
+/// Floats that are kept of rows.
+const ROW_FACTORS: usize = 5 * BLOCK;

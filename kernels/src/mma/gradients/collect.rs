@@ -43,8 +43,8 @@ pub fn collect<F: Float>(
     out[out_at.at(row / per_row, row % per_row, h) / 8 + c] = Vector::cast_from(sum);
 }
 
-/// The gradients of `a_log` and `dt_bias`, over all blocks: one cube per head. Where sequences are packed, entries of
-/// chunks with which no block begins are left out.
+/// The gradients of `a_log` and `dt_bias`, over all blocks: one cube per head, of which `channels` (1, or K at most
+/// [`CONSTANTS_UNITS`]) have gates. Where sequences are packed, entries of chunks with which no block begins are left out.
 #[cube(launch_unchecked, address_type = "u64")]
 pub fn collect_constants(
     constants: &Array<f32>,
@@ -54,6 +54,7 @@ pub fn collect_constants(
     blocks: u32,
     sequences: u32,
     heads: u32,
+    #[comptime] channels: usize,
     #[comptime] has_bias: bool,
     #[comptime] packed: bool,
 ) {
@@ -62,33 +63,39 @@ pub fn collect_constants(
     let mut shares = SharedMemory::<f32>::new(comptime!(2 * CONSTANTS_UNITS));
     let mut a_log = 0.0f32;
     let mut bias = 0.0f32;
-    let mut id = unit;
-    while id < blocks as usize {
-        let mut counts = true;
-        if comptime!(packed) {
-            let n = table[4 * sequences as usize + id] as usize;
-            counts = (id - table[4 * n + 3] as usize) % KEPT == 0;
+    // A unit takes a channel, and every so many blocks.
+    let strides = comptime!(CONSTANTS_UNITS / channels);
+    let mut id = unit / channels;
+    if unit < comptime!(CONSTANTS_UNITS / channels * channels) {
+        while id < blocks as usize {
+            let mut counts = true;
+            if comptime!(packed) {
+                let n = table[4 * sequences as usize + id] as usize;
+                counts = (id - table[4 * n + 3] as usize) % KEPT == 0;
+            }
+            if counts {
+                let at = 2 * (id * heads as usize + head) * channels + unit % channels;
+                a_log += constants[at];
+                bias += constants[at + channels];
+            }
+            id += strides;
         }
-        if counts {
-            let at = 2 * (id * heads as usize + head);
-            a_log += constants[at];
-            bias += constants[at + 1];
-        }
-        id += CONSTANTS_UNITS;
     }
     shares[unit] = a_log;
     shares[CONSTANTS_UNITS + unit] = bias;
     sync_cube();
     if unit == 0 {
-        let mut a_log = 0.0f32;
-        let mut bias = 0.0f32;
+        let mut sum = 0.0f32;
         for u in 0..CONSTANTS_UNITS {
-            a_log += shares[u];
-            bias += shares[CONSTANTS_UNITS + u];
+            sum += shares[u];
         }
-        d_a_log[head] = a_log;
-        if comptime!(has_bias) {
-            d_dt_bias[head] = bias;
+        d_a_log[head] = sum;
+    }
+    if comptime!(has_bias) && unit < channels {
+        let mut sum = 0.0f32;
+        for stride in 0..strides {
+            sum += shares[CONSTANTS_UNITS + stride * channels + unit];
         }
+        d_dt_bias[head * channels + unit] = sum;
     }
 }

@@ -7,86 +7,8 @@ use super::super::tile::{Tile, V8};
 use super::blueprint::{
     ALONG_KEYS_AT, ALONG_QUERIES_AT, BLOCK, GradientsBlueprint, KEY_NORMS_AT, PASSES, QUERY_NORMS_AT,
 };
+use super::here::Here;
 use crate::record::Strides;
-
-/// The block of a cube, and its heads.
-#[derive(CubeType, Clone, Copy)]
-pub(crate) struct Here {
-    /// Row of the batch, and the sequence's first token.
-    pub(crate) row: u32,
-    pub(crate) start: u32,
-    /// First micro-step of the block in its sequence, and how many there are.
-    pub(crate) step0: u32,
-    pub(crate) steps: u32,
-    /// The same for reads.
-    pub(crate) read0: u32,
-    pub(crate) reads: u32,
-    /// Key head and value head, of `heads`.
-    pub(crate) h: u32,
-    pub(crate) hv: u32,
-    pub(crate) heads: u32,
-    /// Index of its first chunk, and of its kept state.
-    pub(crate) chunk: u32,
-    pub(crate) kept: u32,
-}
-
-/// Members of [`Here`].
-pub(crate) const HERE_WORDS: usize = 11;
-
-#[cube]
-impl Here {
-    /// Where micro-step `i` of the block lies among those of its row of the batch.
-    pub(crate) fn step(&self, i: u32, #[comptime] n_h: usize) -> usize {
-        (self.start * comptime!(n_h as u32) + self.step0 + i) as usize
-    }
-
-    /// The same for read `i`.
-    pub(crate) fn read(&self, i: u32) -> usize {
-        (self.start + self.read0 + i) as usize
-    }
-
-    /// The token of micro-step `i`.
-    pub(crate) fn token(&self, i: u32, #[comptime] n_h: usize) -> usize {
-        (self.start + (self.step0 + i) / comptime!(n_h as u32)) as usize
-    }
-
-    /// Leaves all of it in shared memory, for the end of the kernel: kept, it would take registers all along.
-    pub(crate) fn leave(&self, to: &mut SharedMemory<u32>) {
-        to[0] = self.row;
-        to[1] = self.start;
-        to[2] = self.step0;
-        to[3] = self.steps;
-        to[4] = self.read0;
-        to[5] = self.reads;
-        to[6] = self.h;
-        to[7] = self.hv;
-        to[8] = self.heads;
-        to[9] = self.chunk;
-        to[10] = self.kept;
-    }
-
-    /// The reverse of `leave`.
-    pub(crate) fn left(from: &SharedMemory<u32>) -> Self {
-        Here {
-            row: from[0],
-            start: from[1],
-            step0: from[2],
-            steps: from[3],
-            read0: from[4],
-            reads: from[5],
-            h: from[6],
-            hv: from[7],
-            heads: from[8],
-            chunk: from[9],
-            kept: from[10],
-        }
-    }
-
-    /// An index into what is laid out with `heads` items for each of `n`.
-    pub(crate) fn head_of(&self, n: u32) -> usize {
-        n as usize * self.heads as usize + self.hv as usize
-    }
-}
 
 /// 16-byte units that the cube copies row by row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -138,7 +60,7 @@ impl Part {
 fn queries(bp: GradientsBlueprint) -> Part {
     let cols = bp.spec.key_dim / 8;
     Part {
-        at: 0,
+        at: bp.raw_queries_at(),
         ld: bp.key_row(),
         rows: TILE * bp.read_tiles(),
         cols,
@@ -150,7 +72,7 @@ fn queries(bp: GradientsBlueprint) -> Part {
 }
 
 fn keys(bp: GradientsBlueprint) -> Part {
-    queries(bp).after(bp.k_at(), BLOCK, bp.spec.key_dim / 8, bp.key_row())
+    queries(bp).after(bp.raw_keys_at(), BLOCK, bp.spec.key_dim / 8, bp.key_row())
 }
 
 fn output_gradients(bp: GradientsBlueprint) -> Part {

@@ -9,7 +9,7 @@ use super::blueprint::{
     ALONG_KEYS_AT, ALONG_QUERIES_AT, BETAS_AT, BLOCK, DECAYS_AT, E_FACTORS_AT, GradientsBlueprint,
     H_FACTORS_AT, KEY_NORMS_AT, PRODUCTS_AT, QUERY_NORMS_AT, READ_FACTORS_AT,
 };
-use super::copy::Here;
+use super::here::Here;
 use super::pairs::Reads;
 use super::sums::{over_planes, which};
 use crate::math::{beta_of, beta_slope, gate_constants, gate_slopes, log_decay_of};

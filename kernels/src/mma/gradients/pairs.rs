@@ -36,7 +36,7 @@ impl Reads {
 
 /// 16 rows times 16 rows, over all value channels.
 #[cube]
-fn product<F: Float>(
+pub(crate) fn product<F: Float>(
     mma: &Mma<F>,
     tile: &Tile<F>,
     left: usize,
@@ -308,7 +308,7 @@ pub(crate) fn add_from_behind<F: Float>(
 
 /// Adds a block times 16 rows to tile `to_tile`.
 #[cube]
-fn add_block<F: Float>(
+pub(crate) fn add_block<F: Float>(
     mma: &Mma<F>,
     tile: &Tile<F>,
     to: &mut Sequence<Acc>,

@@ -153,6 +153,48 @@ pub(crate) fn multiply_states<F: Float>(
     }
 }
 
+/// Leaves the products of the states channel by channel, of every second value step.
+#[cube]
+pub(crate) fn multiply_channels<F: Float>(
+    floats: &mut SharedMemory<f32>,
+    states: &Array<Vector<F, V8>>,
+    d_states: &Array<Vector<F, V8>>,
+    from: Column,
+    own: Own,
+    half: usize,
+    #[comptime] bp: GradientsBlueprint,
+) {
+    // Two channels and the two 8 behind them, of two rows each.
+    let mut sums = Array::<f32>::new(4usize);
+    #[unroll]
+    for c in 0..4usize {
+        sums[c] = 0.0f32;
+    }
+    let first = half as u32;
+    for i in 0..(from.steps - first).div_ceil(2u32) {
+        let step = 2 * i + first;
+        let x = Vector::<f32, V8>::cast_from(from.tile::<F>(states, step, bp));
+        let y = Vector::<f32, V8>::cast_from(from.tile::<F>(d_states, step, bp));
+        #[unroll]
+        for c in 0..4usize {
+            let at = comptime!(c / 2 * 4 + c % 2);
+            sums[c] = fma(x[at], y[at], fma(x[comptime!(at + 2)], y[comptime!(at + 2)], sums[c]));
+        }
+    }
+    #[unroll]
+    for c in 0..4usize {
+        let mut sum = sums[c];
+        #[unroll]
+        for level in 2..5usize {
+            sum += plane_shuffle_xor(sum, comptime!(1u32 << level));
+        }
+        if own.lane < 4 {
+            let channel = own.plane * TILE + comptime!(c / 2 * 8 + c % 2) + 2 * own.lane;
+            floats[comptime!(bp.products_at()) + half * comptime!(bp.spec.key_dim) + channel] = sum;
+        }
+    }
+}
+
 /// Adds one step of a product over the value channels.
 #[cube]
 fn add_product<F: Float>(

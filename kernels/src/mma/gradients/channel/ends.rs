@@ -1,0 +1,69 @@
+//! The gradient of beta, and shares of those of the gate's constants.
+
+use cubecl::prelude::*;
+
+use super::super::blueprint::{BLOCK, GradientsBlueprint, KEY_NORMS_AT, TILES};
+use super::super::here::Here;
+use super::operands::{has_channel, place_of};
+use super::walk::by_keys;
+use crate::math::beta_slope;
+use crate::record::Strides;
+use crate::spec::GateMap;
+
+/// A unit takes a row.
+#[cube]
+pub(crate) fn gradient_of_beta<B: Float>(
+    beta: &Array<B>,
+    d_beta: &mut Array<B>,
+    beta_at: &Strides,
+    d_beta_at: &Strides,
+    here: &Here,
+    floats: &SharedMemory<f32>,
+    unit: usize,
+    #[comptime] bp: GradientsBlueprint,
+) {
+    if unit < BLOCK && (unit as u32) < here.steps {
+        let step = here.step(unit as u32, 1usize);
+        let (row, hv) = (here.row as usize, here.hv as usize);
+        let d = floats[KEY_NORMS_AT + unit] * by_keys(floats, unit, bp);
+        let raw = f32::cast_from(beta[beta_at.at(row, step, hv)]);
+        d_beta[d_beta_at.at(row, step, hv)] = B::cast_from(d * beta_slope(raw, bp.spec.beta));
+    }
+}
+
+/// Adds the shares of the tiles, channel by channel.
+#[cube]
+pub(crate) fn leave_constants(
+    by_a_log: f32,
+    by_bias: f32,
+    constants: &mut Array<f32>,
+    floats: &mut SharedMemory<f32>,
+    unit: usize,
+    #[comptime] bp: GradientsBlueprint,
+) {
+    if comptime!(bp.spec.gate != GateMap::Identity) {
+        let channels = comptime!(bp.spec.key_dim);
+        let (t, d) = place_of(unit, bp);
+        let owns = has_channel(unit, bp);
+        // Sums for the gates have been read by all.
+        sync_cube();
+        if owns {
+            let at = t as usize * channels + d as usize;
+            floats[comptime!(bp.later_at()) + at] = by_a_log;
+            floats[comptime!(bp.earlier_at()) + at] = by_bias;
+        }
+        sync_cube();
+        if owns && t == 0 {
+            let mut by_a_log = 0.0f32;
+            let mut by_bias = 0.0f32;
+            #[unroll]
+            for tile in 0..TILES {
+                by_a_log += floats[comptime!(bp.later_at() + tile * channels) + d as usize];
+                by_bias += floats[comptime!(bp.earlier_at() + tile * channels) + d as usize];
+            }
+            let to = CUBE_POS * comptime!(2 * channels) + d as usize;
+            constants[to] = by_a_log;
+            constants[to + channels] = by_bias;
+        }
+    }
+}

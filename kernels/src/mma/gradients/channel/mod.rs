@@ -1,0 +1,153 @@
+//! The same gradients with a gate per key channel.
+//!
+//! $\Gamma_{ij}$ lies inside the sums over pairs now, and takes three ways. Between tiles of 16 rows it is a factor of row
+//! i since the start of its tile, one of row j to the end of its, and the decay of the tiles between (`between.rs`, on
+//! tensor cores, where sums walk from tile to tile and are decayed on their way). Inside a tile a unit takes a channel
+//! from row to row in f32 (`walk.rs`). All factors are in `[0, 1]`, so that no gate is too strong.
+//!
+//! With Q and K after their norms, and H in its three parts, what it takes from the state, from pairs, and from its own
+//! token:
+//!
+//! ```text
+//! dg_t = sum_{i >= t} (Q_i dQ_i + K_i E_i - beta_i K_i H_i^pairs) + sum_{j < t} beta_j K_j H_j^state + gamma dS . S
+//! ```
+
+mod between;
+mod ends;
+mod operands;
+mod walk;
+
+use cubecl::prelude::*;
+
+use super::super::blueprint::TILE;
+use super::super::tile::{Mma, Tile, V8, by_depth, zeros};
+use super::blueprint::{DIAGONAL, GradientsBlueprint, TILES};
+use super::copy::load_block;
+use super::here::{HERE_WORDS, Here};
+use super::states::{Column, read_d_state, read_state};
+use super::{Own, states};
+use crate::record::Strides;
+use between::{add_from_behind, add_from_keys, carry_to_tiles, leave_pairs, leave_sums};
+use ends::{gradient_of_beta, leave_constants};
+use operands::{leave_operands, leave_row_factors, read_channel};
+use walk::walk_channel;
+
+/// Four floats in shared memory: two columns of Y and X.
+pub(crate) type V4 = Const<4>;
+
+/// As [`gradients`](fn@super::gradients). `record_factors` are those of [`prepare`](mod@crate::mma::prepare),
+/// `record_floats` for each chunk and head.
+#[cube]
+pub(crate) fn gradients_by_channel<F: Float, B: Float, G: Float>(
+    q: &Array<Vector<F, V8>>,
+    k: &Array<Vector<F, V8>>,
+    d_o: &Array<Vector<F, V8>>,
+    dv: &Array<Vector<F, V8>>,
+    beta: &Array<B>,
+    g: &Array<G>,
+    a_log: &Array<f32>,
+    dt_bias: &Array<f32>,
+    record_factors: &Array<f32>,
+    residuals: &Array<Vector<F, V8>>,
+    states: &Array<Vector<F, V8>>,
+    d_states: &Array<Vector<F, V8>>,
+    dq_out: &mut Array<Vector<F, V8>>,
+    dk_out: &mut Array<Vector<F, V8>>,
+    d_beta: &mut Array<B>,
+    dg: &mut Array<G>,
+    constants: &mut Array<f32>,
+    q_at: &Strides,
+    k_at: &Strides,
+    d_o_at: &Strides,
+    dv_at: &Strides,
+    beta_at: &Strides,
+    g_at: &Strides,
+    dq_at: &Strides,
+    dk_at: &Strides,
+    d_beta_at: &Strides,
+    dg_at: &Strides,
+    here: Here,
+    record_floats: u32,
+    value_steps: u32,
+    scale: f32,
+    lower_bound: f32,
+    #[comptime] bp: GradientsBlueprint,
+) {
+    let mut tile = Tile::<F>::new_aligned(comptime!(bp.units_of_memory()), 128usize);
+    let mut diagonals = SharedMemory::<Vector<f32, V4>>::new(comptime!(TILES * DIAGONAL));
+    let mut floats = SharedMemory::<f32>::new(comptime!(bp.channel_floats()));
+    let mut words = SharedMemory::<u32>::new(HERE_WORDS);
+    here.leave(&mut words);
+    let mma = Mma::<F>::new(16usize, 8usize, 16usize);
+    // Of this index the compiler knows a bound, so that what is added to it becomes part of addresses.
+    let unit = UNIT_POS_X as usize;
+    let lane = unit % 32;
+    let plane = unit / 32;
+
+    let raw = read_channel::<G>(g, g_at, &here, unit, bp);
+    load_block::<F>(&mut tile, q, k, d_o, dv, residuals, q_at, k_at, d_o_at, dv_at, &here, unit, bp);
+    leave_row_factors(beta, record_factors, beta_at, &here, record_floats, scale, &mut floats, unit, bp);
+    sync_cube();
+    leave_operands::<F>(&raw, a_log, dt_bias, lower_bound, &here, &mut tile, &mut floats, unit, bp);
+    leave_pairs::<F>(&mma, &mut tile, &mut diagonals, plane, lane, bp);
+    sync_cube();
+
+    // A plane has 16 key channels of half the rows.
+    let columns = comptime!(bp.planes());
+    let half = plane / columns;
+    let rows = half * comptime!(TILES / 2 * TILE);
+    let own = Own {
+        plane: plane % columns,
+        lane,
+        key_rows: 2 * (plane % columns) + by_depth(lane, comptime!(bp.key_row())),
+        value_rows: by_depth(lane, comptime!(bp.value_row())) + rows * comptime!(bp.value_row()),
+    };
+    let mut dq = zeros(TILES);
+    let mut less_e = zeros(TILES);
+    let mut h = zeros(TILES);
+    let mut through = zeros(TILES);
+    if half < 2 {
+        let column = Column::new(here.head_of(here.kept), value_steps, own, bp);
+        states::multiply_channels::<F>(&mut floats, states, d_states, column, own, half, bp);
+        read_d_state::<F>(&mma, &tile, d_states, column, &mut through, own, 0usize, bp);
+        read_state::<F>(&mma, &tile, states, column, &mut dq, &mut less_e, own, 0usize, bp);
+        #[unroll]
+        for side in 0..2usize {
+            if half == side {
+                carry_to_tiles(&mut through, &floats, own, side, bp);
+                add_from_keys::<F>(&mma, &tile, &floats, &mut dq, &mut less_e, own, side, bp);
+                add_from_behind::<F>(&mma, &tile, &floats, &mut h, own, side, bp);
+            }
+        }
+    }
+    sync_cube();
+    if half < 2 {
+        leave_sums::<F>(&dq, &mut tile, comptime!(bp.channel_sums_at(0)), rows, own, bp);
+        leave_sums::<F>(&less_e, &mut tile, comptime!(bp.channel_sums_at(1)), rows, own, bp);
+        leave_sums::<F>(&h, &mut tile, comptime!(bp.channel_sums_at(2)), rows, own, bp);
+        leave_sums::<F>(&through, &mut tile, comptime!(bp.channel_sums_at(3)), rows, own, bp);
+    }
+    sync_cube();
+    let here = Here::left(&words);
+    let (by_a_log, by_bias) = walk_channel::<F, G>(
+        g,
+        dq_out,
+        dk_out,
+        dg,
+        g_at,
+        dq_at,
+        dk_at,
+        dg_at,
+        &here,
+        a_log,
+        dt_bias,
+        lower_bound,
+        &mut tile,
+        &diagonals,
+        &mut floats,
+        unit,
+        bp,
+    );
+    gradient_of_beta(beta, d_beta, beta_at, d_beta_at, &here, &floats, unit, bp);
+    leave_constants(by_a_log, by_bias, constants, &mut floats, unit, bp);
+}

@@ -1,0 +1,269 @@
+//! A cube's block, with one gate per head or none.
+
+use cubecl::prelude::*;
+
+use super::super::blueprint::TILE;
+use super::super::tile::{Acc, Mma, Tile, V2, V8, by_depth, store, to_frag, zeros};
+use super::Own;
+use super::blueprint::{
+    BETAS_AT, E_FACTORS_AT, GradientsBlueprint, H_FACTORS_AT, PASSES, READ_FACTORS_AT, Span,
+};
+use super::copy::{load_block, store_gradients};
+use super::ends::{
+    gradient_of_beta, gradient_of_gates, leave_along, leave_gates, leave_norms, leave_ones, read_block_gates,
+};
+use super::here::{HERE_WORDS, Here};
+use super::pairs::{Reads, add_from_behind, add_from_keys, leave_pairs};
+use super::states::{Column, multiply_states, read_d_state, read_state};
+use super::sums::{Sums, along, rows_of, which};
+use crate::record::Strides;
+
+/// The block `here`. For arguments see [`gradients`](fn@super::gradients).
+#[cube]
+pub(crate) fn gradients_by_head<F: Float, B: Float, G: Float>(
+    q: &Array<Vector<F, V8>>,
+    k: &Array<Vector<F, V8>>,
+    d_o: &Array<Vector<F, V8>>,
+    dv: &Array<Vector<F, V8>>,
+    beta: &Array<B>,
+    g: &Array<G>,
+    a_log: &Array<f32>,
+    dt_bias: &Array<f32>,
+    residuals: &Array<Vector<F, V8>>,
+    states: &Array<Vector<F, V8>>,
+    d_states: &Array<Vector<F, V8>>,
+    dq_out: &mut Array<Vector<F, V8>>,
+    dk_out: &mut Array<Vector<F, V8>>,
+    d_beta: &mut Array<B>,
+    dg: &mut Array<G>,
+    constants: &mut Array<f32>,
+    q_at: &Strides,
+    k_at: &Strides,
+    d_o_at: &Strides,
+    dv_at: &Strides,
+    beta_at: &Strides,
+    g_at: &Strides,
+    dq_at: &Strides,
+    dk_at: &Strides,
+    d_beta_at: &Strides,
+    dg_at: &Strides,
+    here: Here,
+    value_steps: u32,
+    scale: f32,
+    lower_bound: f32,
+    #[comptime] bp: GradientsBlueprint,
+) {
+    let reads = Reads { step0: here.step0, first: here.read0 };
+
+    let mut tile = Tile::<F>::new_aligned(comptime!(bp.units_of_memory()), 128usize);
+    let mut floats = SharedMemory::<f32>::new(comptime!(bp.floats()));
+    let mut words = SharedMemory::<u32>::new(HERE_WORDS);
+    here.leave(&mut words);
+    let mma = Mma::<F>::new(16usize, 8usize, 16usize);
+    let unit = UNIT_POS as usize;
+    let lane = unit % 32;
+    let plane = unit / 32;
+    let own = Own::new(plane, lane, bp);
+
+    let raw = read_block_gates(beta, g, beta_at, g_at, &here, plane, lane, bp);
+    load_block::<F>(&mut tile, q, k, d_o, dv, residuals, q_at, k_at, d_o_at, dv_at, &here, unit, bp);
+    leave_gates(&raw, a_log, dt_bias, lower_bound, scale, &here, reads, &mut floats, plane, lane, bp);
+    leave_ones(&mut floats, unit, bp);
+    sync_cube();
+    leave_norms::<F>(&tile, &mut floats, unit, bp);
+    leave_pairs::<F>(&mma, &mut tile, &floats, reads, scale, plane, lane, bp);
+
+    let column = Column::new(here.head_of(here.kept), value_steps, own, bp);
+    multiply_states::<F>(&mut floats, states, d_states, column, own, bp);
+    let mut sums = Sums::new();
+    let mut more_sums = Sums::new();
+    #[unroll]
+    for pass in 0..PASSES {
+        let rows = comptime!(bp.steps_of(pass));
+        let mut dq = zeros(comptime!(2 * bp.reads_of(pass).tiles));
+        let mut e = zeros(comptime!(2 * rows.tiles));
+        read_state::<F>(&mma, &tile, states, column, &mut dq, &mut e, own, pass, bp);
+        scale_rows(&mut dq, &floats, READ_FACTORS_AT, lane, bp.reads_of(pass));
+        scale_rows(&mut e, &floats, E_FACTORS_AT, lane, rows);
+        // All pairs have left their blocks, and nothing reads dO and dV of this pass any more, nor R of the one before.
+        sync_cube();
+        add_from_keys::<F>(&mma, &tile, &mut dq, &mut e, own, bp.reads_of(pass), rows, false, bp);
+        finish_queries::<F>(&mma, &mut tile, &mut dq, &mut sums, &mut more_sums, own, pass, bp);
+        let mut h = zeros(comptime!(2 * rows.tiles));
+        read_d_state::<F>(&mma, &tile, d_states, column, &mut h, own, pass, bp);
+        scale_rows(&mut h, &floats, H_FACTORS_AT, lane, rows);
+        finish_keys::<F>(&mma, &mut tile, &floats, &mut e, &mut h, &mut sums, &mut more_sums, own, pass, bp);
+    }
+    let here = Here::left(&words);
+    let raw = read_block_gates(beta, g, beta_at, g_at, &here, plane, lane, bp);
+    sums.leave::<F>(&mut tile, own, 0usize, bp);
+    if comptime!(bp.spec.qk_l2norm) {
+        more_sums.leave::<F>(&mut tile, own, 1usize, bp);
+    }
+    sync_cube();
+    leave_along::<F>(&tile, &mut floats, unit, bp);
+    store_gradients::<F>(&tile, &floats, q, k, dq_out, dk_out, q_at, k_at, dq_at, dk_at, &here, unit, bp);
+    gradient_of_gates::<F, G>(
+        &raw,
+        &tile,
+        &floats,
+        dg,
+        constants,
+        dg_at,
+        &here,
+        CUBE_POS,
+        a_log,
+        dt_bias,
+        lower_bound,
+        plane,
+        lane,
+        bp,
+    );
+    gradient_of_beta::<F, B>(&raw, &tile, &floats, d_beta, d_beta_at, &here, plane, lane, bp);
+}
+
+/// Rounds dQ and leaves it in place of the output gradients.
+#[cube]
+fn finish_queries<F: Float>(
+    mma: &Mma<F>,
+    tile: &mut Tile<F>,
+    dq: &mut Sequence<Acc>,
+    sums: &mut Sums,
+    more_sums: &mut Sums,
+    own: Own,
+    #[comptime] pass: usize,
+    #[comptime] bp: GradientsBlueprint,
+) {
+    let span = comptime!(bp.reads_of(pass));
+    if comptime!(bp.splits_pairs()) {
+        #[unroll]
+        for n in 0..comptime!(span.tiles) {
+            let i = comptime!(span.first + n);
+            let rows = rows_of::<F>(mma, tile, own, 0usize, i, bp);
+            sums.keep(along::<F>(&rows, dq, n), which::READ, i, own);
+        }
+        let mut none = zeros(0usize);
+        add_from_keys::<F>(mma, tile, dq, &mut none, own, span, Span::NONE, true, bp);
+    }
+    #[unroll]
+    for n in 0..comptime!(span.tiles) {
+        let i = comptime!(span.first + n);
+        if comptime!(bp.spec.qk_l2norm) {
+            let rows = rows_of::<F>(mma, tile, own, 0usize, i, bp);
+            more_sums.keep(along::<F>(&rows, dq, n), which::ALONG_QUERY, i, own);
+        }
+        let to = comptime!(bp.d_o_at() + i * TILE * bp.value_row());
+        leave_rows::<F>(mma, tile, dq, n, own, to, bp.value_row());
+    }
+}
+
+/// Adds to H what comes from behind, and leaves dK, rounded.
+#[cube]
+fn finish_keys<F: Float>(
+    mma: &Mma<F>,
+    tile: &mut Tile<F>,
+    floats: &SharedMemory<f32>,
+    e: &mut Sequence<Acc>,
+    h: &mut Sequence<Acc>,
+    sums: &mut Sums,
+    more_sums: &mut Sums,
+    own: Own,
+    #[comptime] pass: usize,
+    #[comptime] bp: GradientsBlueprint,
+) {
+    let span = comptime!(bp.steps_of(pass));
+    if comptime!(bp.splits_pairs()) {
+        #[unroll]
+        for n in 0..comptime!(span.tiles) {
+            let i = comptime!(span.first + n);
+            let rows = rows_of::<F>(mma, tile, own, bp.k_at(), i, bp);
+            sums.keep(along::<F>(&rows, h, n), which::TO_END, i, own);
+        }
+    }
+    add_from_behind::<F>(mma, tile, h, own, span, false, bp);
+    if comptime!(bp.splits_pairs()) {
+        #[unroll]
+        for n in 0..comptime!(span.tiles) {
+            let i = comptime!(span.first + n);
+            let rows = rows_of::<F>(mma, tile, own, bp.k_at(), i, bp);
+            let beta = at_rows(floats, BETAS_AT, i, own.lane);
+            sums.keep(along::<F>(&rows, e, n) - beta * along::<F>(&rows, h, n), which::LATER, i, own);
+        }
+        let mut none = zeros(0usize);
+        add_from_keys::<F>(mma, tile, &mut none, e, own, Span::NONE, span, true, bp);
+        add_from_behind::<F>(mma, tile, h, own, span, true, bp);
+    }
+    let (to, ld) = comptime!(bp.dk_at(pass));
+    #[unroll]
+    for n in 0..comptime!(span.tiles) {
+        let i = comptime!(span.first + n);
+        let rows = rows_of::<F>(mma, tile, own, bp.k_at(), i, bp);
+        sums.keep(along::<F>(&rows, h, n), which::KEY, i, own);
+        let beta = at_rows(floats, BETAS_AT, i, own.lane);
+        #[unroll]
+        for half in 0..2usize {
+            let from = h.index(comptime!(2 * n + half));
+            let acc = e.index_mut(comptime!(2 * n + half));
+            #[unroll]
+            for r in 0..2usize {
+                acc[r] = fma(from[r], Vector::cast_from(beta[r]), acc[r]);
+            }
+        }
+        if comptime!(bp.spec.qk_l2norm) {
+            more_sums.keep(along::<F>(&rows, e, n), which::ALONG_KEY, i, own);
+        }
+        leave_rows::<F>(mma, tile, e, n, own, comptime!(to + i * TILE * ld), ld);
+    }
+}
+
+/// Two floats of tile `i`: those of a unit's first row and of the row 8 behind it.
+#[cube]
+fn at_rows(
+    floats: &SharedMemory<f32>,
+    #[comptime] first: usize,
+    #[comptime] i: usize,
+    lane: usize,
+) -> Vector<f32, V2> {
+    let at = comptime!(first + TILE * i) + lane / 4;
+    let mut out = Vector::<f32, V2>::cast_from(floats[at]);
+    out[1] = floats[at + 8];
+    out
+}
+
+/// Leaves tile `n` of `rows`, rounded, in this plane's channels of the rows from `to` on.
+#[cube]
+fn leave_rows<F: Float>(
+    mma: &Mma<F>,
+    tile: &mut Tile<F>,
+    rows: &Sequence<Acc>,
+    #[comptime] n: usize,
+    own: Own,
+    #[comptime] to: usize,
+    #[comptime] ld: usize,
+) {
+    let f = to_frag::<F>(rows.index(comptime!(2 * n)), rows.index(comptime!(2 * n + 1)));
+    store::<F>(mma, tile, to + 2 * own.plane + by_depth(own.lane, ld), &f, false);
+}
+
+/// Multiplies the rows of a span by the factors that lie from `factors` on.
+#[cube]
+fn scale_rows(
+    x: &mut Sequence<Acc>,
+    floats: &SharedMemory<f32>,
+    #[comptime] factors: usize,
+    lane: usize,
+    #[comptime] span: Span,
+) {
+    #[unroll]
+    for n in 0..comptime!(span.tiles) {
+        let by = at_rows(floats, factors, comptime!(span.first + n), lane);
+        #[unroll]
+        for half in 0..2usize {
+            let acc = x.index_mut(comptime!(2 * n + half));
+            #[unroll]
+            for r in 0..2usize {
+                acc[r] = acc[r] * Vector::cast_from(by[r]);
+            }
+        }
+    }
+}
