@@ -12,8 +12,13 @@ use delta_rule::{BetaTransform, Decay, GateTransform, Gradients, Options, Proble
 use sample::{MILD, NEGATIVE, Sample, Style, Upstream, assert_rounded_gradients_close, round, shape};
 
 /// Those whose backward runs on tensor cores.
-const RULES: [Rule; 4] =
-    [Rule::deltanet(), Rule::gated_deltanet(), Rule::delta_product(2), Rule::gated_delta_product(3)];
+const RULES: [Rule; 5] = [
+    Rule::deltanet(),
+    Rule::gated_deltanet(),
+    Rule::kda(),
+    Rule::delta_product(2),
+    Rule::gated_delta_product(3),
+];
 
 /// What bf16 operands cost, for eigenvalues in [0, 1] and down to -1.
 const MILD_ERROR: f64 = 7e-3;

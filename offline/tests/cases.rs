@@ -1,5 +1,5 @@
 //! The stored cases in bf16 on the emulated tensor cores: no error may exceed that of flash-linear-attention, none of
-//! a gradient 1.2 times that. Gradients of gates per channel are not computed there.
+//! a gradient 1.2 times that.
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
@@ -8,7 +8,6 @@ use std::path::Path;
 
 use common::{case, gradients_by_name, relative_error};
 use cubecl::prelude::*;
-use delta_rule::Decay;
 use delta_rule::gpu::{HostDType, backward_host, forward_host};
 use delta_rule_offline::{OfflineCuda, emulate};
 
@@ -42,23 +41,20 @@ fn no_error_exceeds_that_of_fla() {
                 println!("{:40} {name:12} {error:.2e}, FLA {fla:.2e}", case.name);
                 assert!(error <= fla, "{}: {name} is off by {error:.2e}, FLA by {fla:.2e}", case.name);
             }
-            if case.problem.rule().decay != Decay::Channel {
-                let upstream = narrow.output_gradients();
-                let (problem, options) = (&case.problem, &case.options);
-                let got =
-                    backward_host(&client, HostDType::Bf16, problem, options, &narrow.inputs(), &upstream);
-                for (name, got) in gradients_by_name(&got.expect("the call is accepted")) {
-                    let (Some(want), Some(fla)) = (case.expect.get(name), case.fla_error.get(name)) else {
-                        continue;
-                    };
-                    let error = relative_error(got, want);
-                    println!("{:40} {name:12} {error:.2e}, FLA {fla:.2e}", case.name);
-                    assert!(
-                        error <= 1.2 * fla,
-                        "{}: the gradient of {name} is off by {error:.2e}, FLA's by {fla:.2e}",
-                        case.name
-                    );
-                }
+            let upstream = narrow.output_gradients();
+            let (problem, options) = (&case.problem, &case.options);
+            let got = backward_host(&client, HostDType::Bf16, problem, options, &narrow.inputs(), &upstream);
+            for (name, got) in gradients_by_name(&got.expect("the call is accepted")) {
+                let (Some(want), Some(fla)) = (case.expect.get(name), case.fla_error.get(name)) else {
+                    continue;
+                };
+                let error = relative_error(got, want);
+                println!("{:40} {name:12} {error:.2e}, FLA {fla:.2e}", case.name);
+                assert!(
+                    error <= 1.2 * fla,
+                    "{}: the gradient of {name} is off by {error:.2e}, FLA's by {fla:.2e}",
+                    case.name
+                );
             }
             seen += 1;
         }

@@ -38,8 +38,13 @@ fn kernels_are_right_without_a_gpu() {
         return;
     }
     emulate(false);
-    let rules =
-        [Rule::deltanet(), Rule::gated_deltanet(), Rule::delta_product(2), Rule::gated_delta_product(3)];
+    let rules = [
+        Rule::deltanet(),
+        Rule::gated_deltanet(),
+        Rule::delta_product(2),
+        Rule::gated_delta_product(3),
+        Rule::kda(),
+    ];
     for (i, rule) in rules.into_iter().enumerate() {
         for tokens in [0, 1, 31, 32, 33, 64, 65, 135] {
             let problem = Problem::new(rule, shape(1, tokens, [2, 2], [32, 32])).unwrap();
@@ -58,7 +63,7 @@ fn kernels_are_right_without_a_gpu() {
             run(&format!("{rule:?}, {what}"), &mut sample, &Options::new(), 2.0 * NEGATIVE_ERROR);
         }
     }
-    for rule in [Rule::deltanet(), Rule::gated_deltanet()] {
+    for rule in [Rule::deltanet(), Rule::gated_deltanet(), Rule::kda()] {
         // Many heads: the widest tile of values; K and V of several widths, and a last tile that is not full.
         let problem = Problem::new(rule, shape(2, 40, [70, 70], [48, 80])).unwrap();
         let mut sample = Sample::new(problem, NEGATIVE, 3);

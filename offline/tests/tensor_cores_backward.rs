@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Way, bf16_type, compile_all, compile_with_spills, f16_type, generate};
+use common::{RULES, Way, bf16_type, compile_all, compile_with_spills, f16_type, generate};
 use delta_rule::{BetaTransform, GateTransform, Options, Rule};
 use delta_rule_offline::Generated;
 
@@ -24,9 +24,7 @@ fn backward_kernels_compile_without_spills() {
         generate(Way::Backward, rule, heads, dims, dtype, options);
         calls += 1;
     };
-    let rules =
-        [Rule::deltanet(), Rule::gated_deltanet(), Rule::delta_product(2), Rule::gated_delta_product(3)];
-    for rule in rules {
+    for rule in RULES {
         // Many heads and few: the widest tile of values and the narrowest.
         for heads in [256, 32, 2] {
             call(rule, heads, [128, 128], bf16_type(), &plain);
@@ -46,6 +44,7 @@ fn backward_kernels_compile_without_spills() {
         for heads in [256, 2] {
             generate(Way::Backward, Rule::gated_deltanet(), heads, dims, bf16_type(), &softplus);
         }
+        generate(Way::Backward, Rule::kda(), 2, dims, bf16_type(), &softplus);
     }
-    check(compile_with_spills(32), 2 * others.len());
+    check(compile_with_spills(32), 3 * others.len());
 }

@@ -128,7 +128,6 @@ pub(crate) fn gradients_by_channel<F: Float, B: Float, G: Float>(
         leave_sums::<F>(&through, &mut tile, comptime!(bp.channel_sums_at(3)), rows, own, bp);
     }
     sync_cube();
-    let here = Here::left(&words);
     let (by_a_log, by_bias) = walk_channel::<F, G>(
         g,
         dq_out,
@@ -138,7 +137,7 @@ pub(crate) fn gradients_by_channel<F: Float, B: Float, G: Float>(
         dq_at,
         dk_at,
         dg_at,
-        &here,
+        &words,
         a_log,
         dt_bias,
         lower_bound,
@@ -148,6 +147,7 @@ pub(crate) fn gradients_by_channel<F: Float, B: Float, G: Float>(
         unit,
         bp,
     );
+    let here = Here::left(&words);
     gradient_of_beta(beta, d_beta, beta_at, d_beta_at, &here, &floats, unit, bp);
     leave_constants(by_a_log, by_bias, constants, &mut floats, unit, bp);
 }

@@ -30,7 +30,7 @@ pub(crate) fn walk_channel<F: Float, G: Float>(
     dq_at: &Strides,
     dk_at: &Strides,
     dg_at: &Strides,
-    here: &Here,
+    words: &SharedMemory<u32>,
     a_log: &Array<f32>,
     dt_bias: &Array<f32>,
     lower_bound: f32,
@@ -43,8 +43,9 @@ pub(crate) fn walk_channel<F: Float, G: Float>(
     let (t, d) = place_of(unit, bp);
     let owns = has_channel(unit, bp);
     let rows = (t * comptime!(TILE as u32)) as usize;
-    let raw = read_channel::<G>(g, g_at, here, unit, bp);
-    let decays = decays(&raw, a_log, dt_bias, lower_bound, here, unit, bp);
+    let here = Here::left(words);
+    let raw = read_channel::<G>(g, g_at, &here, unit, bp);
+    let decays = decays(&raw, a_log, dt_bias, lower_bound, &here, unit, bp);
 
     // Sums in f32 of the unit's channel; what is found takes the place of what it was made of.
     let ld = comptime!(8 * bp.key_row());
@@ -56,18 +57,25 @@ pub(crate) fn walk_channel<F: Float, G: Float>(
     let queries = first + comptime!(8 * bp.raw_queries_at());
     let keys = first + comptime!(8 * bp.raw_keys_at());
 
-    // beta K, and H from the rows behind.
+    // beta K; and what H takes from outside the tile: `ends` gets all of it, `pairs` what of it flows past the rows behind.
     let mut written = Array::<f32>::new(TILE);
     let mut h = Array::<f32>::new(TILE);
     let mut to_end = 1.0f32;
+    let mut into_ends = 0.0f32;
+    let mut into_tiles = 0.0f32;
     #[unroll]
     for down in 0..TILE {
         let r = comptime!(TILE - 1 - down);
         let at = comptime!(r * ld);
         written[r] = element::<F>(tile, keys + comptime!(r * ld), bp) * floats[WRITES_AT + rows + r];
-        h[r] = to_end * get::<F>(tile, pairs + at, bp);
-        let end = to_end * get::<F>(tile, ends + at, bp);
-        put::<F>(tile, ends + at, end, owns, bp);
+        h[r] = 0.0f32;
+        let from_tiles = get::<F>(tile, pairs + at, bp);
+        let from_end = to_end * get::<F>(tile, ends + at, bp);
+        let to_tiles = as_operand::<F>(written[r] * to_end) * from_tiles;
+        into_tiles += to_tiles;
+        into_ends = fma(written[r], from_end, into_ends);
+        put::<F>(tile, pairs + at, fma(written[r], from_end, to_tiles), owns, bp);
+        put::<F>(tile, ends + at, fma(to_end, from_tiles, from_end), owns, bp);
         to_end *= decays[r];
     }
 
@@ -83,11 +91,13 @@ pub(crate) fn walk_channel<F: Float, G: Float>(
         let at = comptime!(i * ld);
         let q_i = element::<F>(tile, queries + comptime!(i * ld), bp) * floats[READS_AT + rows + i];
         let less_k_i = -element::<F>(tile, keys + comptime!(i * ld), bp) * floats[KEY_NORMS_AT + rows + i];
-        let mut d_q_i = from_start * get::<F>(tile, d_q + at, bp);
-        let mut less_e_i = from_start * get::<F>(tile, erases + at, bp);
+        let outer_d_q = get::<F>(tile, d_q + at, bp);
+        let outer_less_e = get::<F>(tile, erases + at, bp);
         let block = t as usize * DIAGONAL + comptime!(i * TILE / 2);
         let mut both = diagonals[block + comptime!(i / 2)];
         let own = both[comptime!(i % 2 * 2)];
+        let mut d_q_i = 0.0f32;
+        let mut less_e_i = 0.0f32;
         let mut decay = 1.0f32;
         #[unroll]
         for down in 0..i {
@@ -103,17 +113,21 @@ pub(crate) fn walk_channel<F: Float, G: Float>(
             less_e_i = fma(x, k_j, less_e_i);
             h[j] = fma(decay, fma(y, q_i, x * less_k_i), h[j]);
         }
-        later[i] = fma(q_i, d_q_i, less_k_i * less_e_i);
+        let outer = as_operand::<F>(less_k_i * from_start) * outer_less_e;
+        let outer = fma(as_operand::<F>(q_i * from_start), outer_d_q, outer);
+        later[i] = fma(q_i, d_q_i, fma(less_k_i, less_e_i, outer));
         // From here on with the row's own token, on which nothing decays.
-        put::<F>(tile, d_q + at, fma(own, written[i], d_q_i), owns, bp);
-        put::<F>(tile, erases + at, less_e_i, owns, bp);
+        d_q_i = fma(own, written[i], fma(from_start, outer_d_q, d_q_i));
+        put::<F>(tile, d_q + at, d_q_i, owns, bp);
+        put::<F>(tile, erases + at, fma(from_start, outer_less_e, less_e_i), owns, bp);
+        let here = get::<F>(tile, pairs + at, bp);
         put::<F>(tile, pairs + at, earlier, owns, bp);
+        earlier += here;
         let end = get::<F>(tile, ends + at, bp);
-        earlier = fma(written[i], end, earlier);
         put::<F>(tile, ends + at, fma(own, q_i, end), owns, bp);
     }
 
-    let mut all_later = 0.0f32;
+    let mut all_later = -into_tiles;
     let mut products = Array::<f32>::new(TILE);
     #[unroll]
     for r in 0..TILE {
@@ -146,7 +160,7 @@ pub(crate) fn walk_channel<F: Float, G: Float>(
     let channel = d as usize;
     if owns {
         floats[comptime!(bp.later_at()) + t as usize * channels + channel] = all_later;
-        floats[comptime!(bp.earlier_at()) + t as usize * channels + channel] = earlier;
+        floats[comptime!(bp.earlier_at()) + t as usize * channels + channel] = into_ends;
     }
     sync_cube();
 
@@ -157,6 +171,7 @@ pub(crate) fn walk_channel<F: Float, G: Float>(
     for other in 0..TILES {
         rest *= floats[comptime!(bp.tile_decays_at() + other * channels) + channel];
     }
+    rest -= into_tiles;
     #[unroll]
     for other in 0..TILES {
         let behind = floats[comptime!(bp.later_at() + other * channels) + channel];
@@ -171,7 +186,8 @@ pub(crate) fn walk_channel<F: Float, G: Float>(
         later[r] = rest;
     }
 
-    let raw = read_channel::<G>(g, g_at, here, unit, bp);
+    let here = Here::left(words);
+    let raw = read_channel::<G>(g, g_at, &here, unit, bp);
     let (a, bias) = gate_constants(a_log, dt_bias, here.hv as usize, channel, bp.spec);
     let mut by_a_log = 0.0f32;
     let mut by_bias = 0.0f32;
@@ -215,6 +231,13 @@ pub(crate) fn walk_channel<F: Float, G: Float>(
 fn element<F: Float>(tile: &Tile<F>, at: usize, #[comptime] bp: GradientsBlueprint) -> f32 {
     let elements = tile.slice(0usize, comptime!(bp.units_of_memory())).with_vector_size::<V1>();
     f32::cast_from(elements[at][0])
+}
+
+/// What an operand of the products between tiles has been rounded to. Sums for the gates take the same: what flows from
+/// tile to tile past none of a gate's rows is to vanish from its gradient, which strong gates leave little of.
+#[cube]
+fn as_operand<F: Float>(x: f32) -> f32 {
+    f32::cast_from(F::cast_from(x))
 }
 
 /// A float of the sums.
