@@ -203,12 +203,12 @@ impl GradientsBlueprint {
 
     /// With gates per channel, keys decayed to the ends of their tiles. Queries and keys, at 0 and `k_at`, are decayed
     /// from the starts of theirs.
-    pub(crate) fn to_end_at(&self) -> usize {
+    pub(crate) fn keys_to_end_at(&self) -> usize {
         self.dv_at() + BLOCK * self.value_row()
     }
 
     pub(crate) fn pairs_at(&self) -> usize {
-        self.to_end_at() + if self.by_channel() { BLOCK * self.key_row() } else { 0 }
+        self.keys_to_end_at() + if self.by_channel() { BLOCK * self.key_row() } else { 0 }
     }
 
     // With gates per channel planes leave sums in f32, rows of twice as many units as a row of keys, in place of all

@@ -138,7 +138,7 @@ pub(crate) fn add_from_keys<F: Float>(
     let block = in_block(own.lane % 16, own.lane / 16);
     #[unroll]
     for j in 0..comptime!(half * HALF + HALF - 1) {
-        let keys = own.key_rows + comptime!(bp.to_end_at() + j * TILE * bp.key_row());
+        let keys = own.key_rows + comptime!(bp.keys_to_end_at() + j * TILE * bp.key_row());
         let keys = load::<F>(mma, tile, keys, true);
         #[unroll]
         for n in 0..HALF {

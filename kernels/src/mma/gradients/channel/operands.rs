@@ -141,7 +141,7 @@ pub(crate) fn leave_operands<F: Float>(
             let at = first + comptime!(r * row);
             let k = f32::cast_from(elements[comptime!(8 * bp.raw_keys_at()) + at][0]);
             let k = k * floats[WRITES_AT + rows + r];
-            elements[comptime!(8 * bp.to_end_at()) + at] = Vector::cast_from(k * to_end);
+            elements[comptime!(8 * bp.keys_to_end_at()) + at] = Vector::cast_from(k * to_end);
             to_end *= decays[r];
         }
         floats[comptime!(bp.tile_decays_at()) + (t * comptime!(bp.spec.key_dim as u32) + d) as usize] =
