@@ -238,14 +238,21 @@ impl Blueprint {
         if self.by_channel() { self.spec.key_dim.next_multiple_of(32).max(GROUP_UNITS) } else { GROUP_UNITS }
     }
 
-    /// Where the scaled rows of the preparing cube lie, twice: see `channel.rs`.
-    pub(crate) fn scaled_at(&self, which: usize) -> usize {
-        self.stage() + which * 2 * CHUNK * self.key_row()
+    /// Where the preparing cube has the scaled rows of even and of odd levels: see `channel.rs`. Odd ones lie where decayed
+    /// keys and blocks follow when the last level, an even one, is computed.
+    pub(crate) fn scaled_at(&self, level: usize) -> usize {
+        let odd = self.v_at();
+        if level % 2 == 1 { odd } else { self.stage().max(odd + self.scaled_rows()) }
+    }
+
+    /// Scaled rows of keys and queries, in units.
+    fn scaled_rows(&self) -> usize {
+        2 * CHUNK * self.key_row()
     }
 
     /// Shared memory of the preparing cube, in units.
     pub(crate) fn prepare_memory(&self) -> usize {
-        if self.by_channel() { self.scaled_at(2) } else { self.stage() }
+        if self.by_channel() { self.scaled_at(0) + self.scaled_rows() } else { self.stage() }
     }
 }
 

@@ -16,13 +16,20 @@ use super::tile::{Acc, Mma, Tile, V2, zeros};
 use crate::math::{decay_of, gate_constants};
 use crate::record::Strides;
 
-/// Two channels of 16 rows, and their decays: `from` the start of a group to the row, `to` its end behind the row.
+/// The decays of two channels and 16 rows: `from` the start of a group to the row, `to` its end behind the row.
 #[derive(CubeType)]
-struct Column<F: Float> {
-    k: Array<Vector<F, V2>>,
-    q: Array<Vector<F, V2>>,
+struct Column {
     from: Array<Vector<f32, V2>>,
     to: Array<Vector<f32, V2>>,
+}
+
+/// The half of the chunk and the pair of channels that a unit takes. 32 bits, known to be few: then constants become
+/// part of addresses.
+#[cube]
+fn place_of(unit: usize, #[comptime] bp: Blueprint) -> (u32, u32) {
+    let pairs = comptime!((bp.spec.key_dim / 2) as u32);
+    let unit = unit as u32;
+    (unit / pairs, unit % pairs)
 }
 
 /// The gates of two channels and 16 rows, as the caller holds them; rows past the end of the sequence repeat the
@@ -37,14 +44,15 @@ pub(crate) fn read_channel_gates<G: Float>(
     #[comptime] bp: Blueprint,
 ) -> Array<Vector<f32, V2>> {
     let mut raw = Array::<Vector<f32, V2>>::new(TILE);
-    let pairs = comptime!(bp.spec.key_dim / 2);
     if comptime!(bp.by_channel()) && unit < comptime!(bp.spec.key_dim) {
-        let first = c * CHUNK + unit / pairs * TILE;
-        let from = g_at.at(place.seq.row, place.seq.start, place.hv) + unit % pairs * 2;
+        let (half, pair) = place_of(unit, bp);
+        let from = g_at.at(place.seq.row, place.seq.start + c * CHUNK, place.hv) + 2 * pair as usize;
+        let first = half * comptime!(TILE as u32);
+        let last = (place.seq.tokens - 1 - c * CHUNK) as u32;
         #[unroll]
         for r in 0..TILE {
-            let token = select(first + r < place.seq.tokens, first + r, place.seq.tokens - 1);
-            let at = from + token * g_at.t as usize;
+            let row = u32::min(first + comptime!(r as u32), last);
+            let at = from + (row * g_at.t) as usize;
             let mut x = Vector::<f32, V2>::cast_from(f32::cast_from(g[at]));
             x[1] = f32::cast_from(g[at + 1]);
             raw[r] = x;
@@ -70,12 +78,12 @@ pub(crate) fn gram_by_channel<F: Float>(
     unit: usize,
     #[comptime] bp: Blueprint,
 ) -> Gram {
-    let pairs = comptime!(bp.spec.key_dim / 2);
+    let pairs = comptime!((bp.spec.key_dim / 2) as u32);
     let row_pairs = comptime!(4 * bp.key_row());
-    let half = unit / pairs;
-    let pair = unit % pairs;
+    let (half, pair) = place_of(unit, bp);
+    // Where the unit's first row begins.
+    let own_rows = (half * comptime!((TILE * 4 * bp.key_row()) as u32) + pair) as usize;
     let works = unit < comptime!(bp.spec.key_dim);
-    let first = half * TILE;
     let lane = unit % 32;
     let block = unit / 32;
     let row_block = block % BLOCKS;
@@ -83,28 +91,21 @@ pub(crate) fn gram_by_channel<F: Float>(
 
     // The decay of each half of the chunk.
     let mut whole = SharedMemory::<Vector<f32, V2>>::new(comptime!(BLOCKS * bp.spec.key_dim / 2));
-    let mut column = Column::<F> {
-        k: Array::new(TILE),
-        q: Array::new(TILE),
-        from: Array::new(TILE),
-        to: Array::new(TILE),
-    };
+    let mut column = Column { from: Array::new(TILE), to: Array::new(TILE) };
     if works {
-        let (a, bias_lo) = gate_constants(a_log, dt_bias, place.hv, 2 * pair, bp.spec);
-        let (_, bias_hi) = gate_constants(a_log, dt_bias, place.hv, 2 * pair + 1, bp.spec);
-        let rows = tile.slice(0usize, comptime!(bp.v_at())).with_vector_size::<V2>();
+        let (a, bias_lo) = gate_constants(a_log, dt_bias, place.hv, 2 * pair as usize, bp.spec);
+        let (_, bias_hi) = gate_constants(a_log, dt_bias, place.hv, 2 * pair as usize + 1, bp.spec);
+        let first = half * comptime!(TILE as u32);
+        let tokens = (place.seq.tokens - c * CHUNK) as u32;
         #[unroll]
         for r in 0..TILE {
-            let token = c * CHUNK + first + r;
-            let valid = token < place.seq.tokens;
+            let valid = first + comptime!(r as u32) < tokens;
             let x = raw[r];
             let mut d = Vector::<f32, V2>::cast_from(1.0f32);
             d[0] = select(valid, decay_of(x[0], a, bias_lo, lower_bound, bp.spec.gate), 1.0f32);
             d[1] = select(valid, decay_of(x[1], a, bias_hi, lower_bound, bp.spec.gate), 1.0f32);
             column.from[r] = d;
             column.to[r] = Vector::cast_from(1.0f32);
-            column.k[r] = rows[(first + r) * row_pairs + pair];
-            column.q[r] = rows[comptime!(4 * bp.q_at()) + (first + r) * row_pairs + pair];
         }
     }
 
@@ -120,10 +121,9 @@ pub(crate) fn gram_by_channel<F: Float>(
     #[unroll]
     for level in 0..comptime!(TILE.ilog2() as usize + 1) {
         let h = comptime!(1usize << level);
-        let at = comptime!(bp.scaled_at(level % 2));
+        let at = comptime!(bp.scaled_at(level));
         if works {
-            let mut scaled =
-                tile.slice_mut(at, at + comptime!(2 * CHUNK * bp.key_row())).with_vector_size::<V2>();
+            let mut rows = tile.slice_mut(0usize, comptime!(bp.prepare_memory())).with_vector_size::<V2>();
             #[unroll]
             for r in 0..TILE {
                 let mut by = column.to[r];
@@ -132,17 +132,18 @@ pub(crate) fn gram_by_channel<F: Float>(
                 } else if comptime!(r & h > 0) {
                     by = column.from[r];
                 }
-                let to = (first + r) * row_pairs + pair;
-                scaled[to] = Vector::cast_from(Vector::<f32, V2>::cast_from(column.k[r]) * by);
+                let own = own_rows + comptime!(r * row_pairs);
+                let k = Vector::<f32, V2>::cast_from(rows[own]);
+                rows[own + comptime!(4 * at)] = Vector::cast_from(k * by);
                 if comptime!(h == TILE || r & h > 0) {
-                    scaled[comptime!(4 * CHUNK * bp.key_row()) + to] =
-                        Vector::cast_from(Vector::<f32, V2>::cast_from(column.q[r]) * by);
+                    let q = Vector::<f32, V2>::cast_from(rows[own + comptime!(4 * bp.q_at())]);
+                    rows[own + comptime!(4 * (at + CHUNK * bp.key_row()))] = Vector::cast_from(q * by);
                 }
             }
             if comptime!(h < TILE) {
-                join::<F>(&mut column, h);
+                join(&mut column, h);
             } else {
-                whole[half * pairs + pair] = column.from[comptime!(TILE - 1)];
+                whole[(half * pairs + pair) as usize] = column.from[comptime!(TILE - 1)];
             }
         }
         sync_cube();
@@ -168,23 +169,23 @@ pub(crate) fn gram_by_channel<F: Float>(
 
     if works {
         let one = Vector::<f32, V2>::cast_from(1.0f32);
-        let before = select_many(Vector::cast_from(half == 1), whole[pair], one);
-        let behind = select_many(Vector::cast_from(half == 0), whole[pairs + pair], one);
+        let before = select_many(Vector::cast_from(half == 1), whole[pair as usize], one);
+        let behind = select_many(Vector::cast_from(half == 0), whole[(pairs + pair) as usize], one);
         let mut rows = tile.slice_mut(0usize, comptime!(bp.blocks_at())).with_vector_size::<V2>();
         #[unroll]
         for r in 0..TILE {
-            let to = (first + r) * row_pairs + pair;
-            let k = Vector::<f32, V2>::cast_from(column.k[r]);
-            let q = Vector::<f32, V2>::cast_from(column.q[r]);
+            let to = own_rows + comptime!(r * row_pairs);
+            let k = Vector::<f32, V2>::cast_from(rows[to]);
+            let q = Vector::<f32, V2>::cast_from(rows[comptime!(4 * bp.q_at()) + to]);
             let from = column.from[r] * before;
             rows[to] = Vector::cast_from(k * from);
             rows[comptime!(4 * bp.q_at()) + to] = Vector::cast_from(q * from);
             rows[comptime!(4 * bp.kd_at()) + to] = Vector::cast_from(k * column.to[r] * behind);
         }
         if half == 0 {
-            let all = whole[pair] * whole[pairs + pair];
-            factors[CHANNELS_AT + 2 * pair] = all[0];
-            factors[CHANNELS_AT + 2 * pair + 1] = all[1];
+            let all = whole[pair as usize] * whole[(pairs + pair) as usize];
+            factors[CHANNELS_AT + 2 * pair as usize] = all[0];
+            factors[CHANNELS_AT + 2 * pair as usize + 1] = all[1];
         }
     }
     Gram { products: sums, squares }
@@ -192,7 +193,7 @@ pub(crate) fn gram_by_channel<F: Float>(
 
 /// From groups of `h` rows to groups of `2 h`.
 #[cube]
-fn join<F: Float>(column: &mut Column<F>, #[comptime] h: usize) {
+fn join(column: &mut Column, #[comptime] h: usize) {
     #[unroll]
     for group in 0..comptime!(TILE / (2 * h)) {
         let start = comptime!(2 * h * group);

@@ -89,17 +89,19 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     #[comptime] bp: Blueprint,
     #[define(F, B, G)] _types: [StorageType; 3],
 ) {
-    let cube = CUBE_POS;
-    if cube >= (chunks * heads) as usize {
+    // 32 bits, in which division is fast: there is no room for more records.
+    let cube = CUBE_POS as u32;
+    if cube >= chunks * heads {
         terminate!();
     }
-    let id = cube / heads as usize;
-    let hv = cube % heads as usize;
+    let id = cube / heads;
+    let hv = (cube % heads) as usize;
     let n = if comptime!(bp.packed) {
-        table[4 * sequences as usize + id] as usize
+        table[(4 * sequences + id) as usize] as usize
     } else {
-        id / (chunks / sequences) as usize
+        (id / (chunks / sequences)) as usize
     };
+    let id = id as usize;
     let seq = sequence_of(table, n, tokens, bp.packed, bp.spec.micro_steps);
     let steps = seq.tokens * comptime!(bp.spec.micro_steps);
     let place = Place {
@@ -118,7 +120,7 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     let mut factors = new_factors(1usize, bp);
     let mut leaves = new_leaves();
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
-    let unit = UNIT_POS as usize;
+    let unit = UNIT_POS_X as usize;
     let lane = unit % 32;
     let block = unit / 32;
 
@@ -190,7 +192,7 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     }
     sync_cube();
     if fetches {
-        let mut at = cube * comptime!(bp.record().0);
+        let mut at = cube as usize * comptime!(bp.record().0);
         if comptime!(bp.by_channel()) {
             record_rows::<F>(&tile, records, at, unit, comptime!(key_rows(bp)));
             at += comptime!(key_rows(bp).units());
@@ -205,7 +207,7 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     for round in 0..comptime!(bp.factors().div_ceil(bp.prepare_units())) {
         let i = unit + comptime!(round * bp.prepare_units());
         if i < comptime!(bp.factors()) {
-            record_factors[cube * comptime!(bp.factors()) + i] = factors[i];
+            record_factors[cube as usize * comptime!(bp.factors()) + i] = factors[i];
         }
     }
 }
