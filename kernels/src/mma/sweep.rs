@@ -153,8 +153,8 @@ fn walk<F: Float>(
     #[comptime] bp: Blueprint,
 ) {
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
-    let lane = (UNIT_POS % 32) as usize;
-    let plane = (UNIT_POS / 32) as usize;
+    let lane = (UNIT_POS_X % 32) as usize;
+    let plane = (UNIT_POS_X / 32) as usize;
     let scanners = comptime!(bp.scanners());
     let groups = comptime!(bp.groups);
     let stage = comptime!(bp.stage());
@@ -204,8 +204,8 @@ fn walk<F: Float>(
             store_state(&state, last_state, last_at, place, at, bp);
         }
     } else {
-        let unit = (UNIT_POS as usize - 32 * scanners) % GROUP_UNITS;
-        let group = (UNIT_POS as usize - 32 * scanners) / GROUP_UNITS;
+        let unit = (UNIT_POS_X as usize - 32 * scanners) % GROUP_UNITS;
+        let group = (UNIT_POS_X as usize - 32 * scanners) / GROUP_UNITS;
         let mut parcel = new_parcel::<F>(bp);
         send_for::<F>(&mut parcel, q, k, v, records, record_factors, strides, place, group, unit, bp);
         put::<F>(&parcel, tile, factors, group * stage, group * chunk_factors, unit, bp);

@@ -9,7 +9,7 @@ use delta_rule_kernels::mma::gradients::collect::{
 use delta_rule_kernels::mma::gradients::{GradientsBlueprint, gradients};
 use delta_rule_kernels::mma::sweep::{KEPT, sweep};
 use delta_rule_kernels::mma::{Blueprint, CHUNK, Pass, TILE};
-use delta_rule_kernels::{Spec, StridesLaunch};
+use delta_rule_kernels::{self as kernels, Spec, StridesLaunch};
 
 use super::{Launches, Records, applies, fits_page, most_chunks, scratch, widest_that_fills};
 use crate::gpu::backward::{Adjoint, Destinations};
@@ -60,14 +60,12 @@ fn sweep_blueprints(spec: Spec, packed: bool) -> impl Iterator<Item = Blueprint>
     let tiles = [128, 64, 32, 16].into_iter().filter(move |&tile| tile <= 64 || spec.key_dim <= 128);
     let mut tiles: Vec<_> = tiles.map(|tile| tile.min(spec.value_dim)).collect();
     tiles.dedup();
-    tiles.into_iter().map(move |value_tile| Blueprint {
-        spec,
-        value_tile,
-        held: 1,
-        groups: 1,
-        packed,
-        prepared: true,
-        pass: Pass::Unwind,
+    tiles.into_iter().map(move |value_tile| {
+        // Tiles narrower than a head mean few heads: nothing hides how long device memory takes, unless two groups fetch
+        // in turn. With gates per channel, where a chunk is half as much again to fetch, this gained nothing.
+        let narrow = value_tile <= 64 && value_tile < spec.value_dim;
+        let groups = if narrow && spec.decay != kernels::Decay::Channel { 2 } else { 1 };
+        Blueprint { spec, value_tile, held: 1, groups, packed, prepared: true, pass: Pass::Unwind }
     })
 }
 
