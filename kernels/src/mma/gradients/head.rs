@@ -60,7 +60,7 @@ pub(crate) fn gradients_by_head<F: Float, B: Float, G: Float>(
     let mut words = SharedMemory::<u32>::new(HERE_WORDS);
     here.leave(&mut words);
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
-    let unit = UNIT_POS as usize;
+    let unit = UNIT_POS_X as usize;
     let lane = unit % 32;
     let plane = unit / 32;
     let own = Own::new(plane, lane, bp);

@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::super::super::blueprint::{CHUNK, ERASE_AT, READ_AT, TILE};
 use super::super::super::tile::Tile;
 use super::super::blueprint::{
-    BETAS_AT, BLOCK, GradientsBlueprint, KEY_NORMS_AT, READ_NORMS_AT, READS_AT, WRITES_AT,
+    BETAS_AT, BLOCK, GradientsBlueprint, KEY_NORMS_AT, READ_NORMS_AT, READS_AT, TILES, WRITES_AT,
 };
 use super::super::here::Here;
 use crate::math::{beta_of, decay_of, gate_constants};
@@ -19,7 +19,12 @@ pub(crate) type V1 = Const<1>;
 pub(crate) fn place_of(unit: usize, #[comptime] bp: GradientsBlueprint) -> (u32, u32) {
     let unit = unit as u32;
     let padded = comptime!(bp.padded_channels() as u32);
-    (unit / padded, u32::min(unit % padded, comptime!(bp.spec.key_dim as u32 - 1)))
+    let d = u32::min(unit % padded, comptime!(bp.spec.key_dim as u32 - 1));
+    // The masks change nothing. They tell the compiler that no address runs over, so that constants become part of it.
+    (
+        (unit / padded) & comptime!(TILES as u32 - 1),
+        d & comptime!(bp.padded_channels().next_power_of_two() as u32 - 1),
+    )
 }
 
 /// Whether the unit has a channel of its own.
