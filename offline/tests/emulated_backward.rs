@@ -73,10 +73,15 @@ fn kernels_are_right_without_a_gpu() {
         assert!(wide == again, "{rule:?}: the result depends on the order of planes");
         emulate(false);
 
+        // Few heads: narrow tiles, fetched by two groups of planes in turn.
         let problem = Problem::new(rule, shape(1, 150, [1, 2], [32, 32])).unwrap();
         let problem = problem.with_cu_seqlens(&[0, 0, 1, 33, 33, 65, 150, 150]).unwrap();
         let mut sample = Sample::new(problem, MILD, 6);
-        run(&format!("{rule:?}, packed, grouped"), &mut sample, &Options::new(), MILD_ERROR);
+        let narrow = run(&format!("{rule:?}, packed, grouped"), &mut sample, &Options::new(), MILD_ERROR);
+        emulate(true);
+        let again = run(&format!("{rule:?}, packed, backwards"), &mut sample, &Options::new(), MILD_ERROR);
+        assert!(narrow == again, "{rule:?}: the result depends on the order of planes");
+        emulate(false);
 
         let problem = Problem::new(rule, shape(1, 70, [2, 4], [64, 32])).unwrap();
         let mut sample = Sample::new(problem, MILD, 8);

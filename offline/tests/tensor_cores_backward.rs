@@ -35,6 +35,7 @@ fn backward_kernels_compile_without_spills() {
     for heads in [256, 2] {
         call(Rule::gated_deltanet(), heads, [96, 96], bf16_type(), &softplus);
         call(Rule::gated_deltanet(), heads, [128, 128], bf16_type(), &softplus);
+        call(Rule::kda(), heads, [128, 128], bf16_type(), &softplus);
     }
     check(compile_all(), calls);
 
