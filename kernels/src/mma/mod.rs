@@ -31,6 +31,7 @@ pub mod combine;
 mod gates;
 pub mod gradients;
 mod gram;
+mod held;
 mod scan;
 mod stage;
 mod state;

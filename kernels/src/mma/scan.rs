@@ -1,105 +1,19 @@
-//! The planes that hold the state: each owns `16 * held` value channels, and no plane needs another's.
-//!
-//! Accumulators are indexed `m * per + column tile`, m counting the 16-channel tiles held.
+//! One chunk forwards, by the planes that hold the state (`held.rs`).
 
 use cubecl::prelude::*;
 
 use super::blueprint::{
-    BLOCK_UNITS, BLOCKS, Blueprint, CHANNELS_AT, DECAY_AT, ERASE_AT, ERASE_BLOCK, Pass, READ_AT, TILE,
-    WRITE_AT,
+    BLOCK_UNITS, BLOCKS, Blueprint, ERASE_AT, ERASE_BLOCK, Pass, READ_AT, TILE, WRITE_AT,
 };
 use super::chunk::Target;
+use super::held::{
+    add_rows, decay_state, factor_pair, multiply_leaf, read_state, scale_pair, send_for_rows, store_rows_of,
+};
 use super::state::Lane;
 use super::tile::{
-    Acc, Frag, Mma, Tile, V2, by_columns, by_depth, in_block, load, mma2, scale_columns, store, to_frag,
-    to_parts, zeros,
+    Acc, Frag, Mma, Tile, V2, by_columns, by_depth, in_block, load, mma2, scale_columns, to_frag, zeros,
 };
 use crate::spec::Decay;
-
-/// Two factors, for the columns that this unit holds of accumulator `n`.
-#[cube]
-pub(crate) fn factor_pair(factors: &SharedMemory<f32>, at: usize, n: usize, lane: usize) -> Vector<f32, V2> {
-    let first = at + 8 * n + lane % 4 * 2;
-    let mut out = Vector::<f32, V2>::cast_from(factors[first]);
-    out[1] = factors[first + 1];
-    out
-}
-
-/// The state as left operands of key step `step`, one per tile held.
-#[cube]
-fn state_frags<F: Float>(
-    state: &Sequence<Acc>,
-    #[comptime] step: usize,
-    #[comptime] bp: Blueprint,
-) -> Sequence<Frag<F>> {
-    let mut frags = Sequence::<Frag<F>>::new();
-    #[unroll]
-    for m in 0..comptime!(bp.held) {
-        let at = comptime!(2 * (m * bp.key_steps() + step));
-        frags.push(to_frag::<F>(state.index(at), state.index(comptime!(at + 1))));
-    }
-    frags
-}
-
-/// $X^T = S^T K^T$ and $O^T = S^T Q^T$ in one pass over the state.
-#[cube]
-pub(crate) fn read_state<F: Float>(
-    mma: &Mma<F>,
-    tile: &Tile<F>,
-    state: &Sequence<Acc>,
-    x: &mut Sequence<Acc>,
-    o: &mut Sequence<Acc>,
-    base: usize,
-    at: Lane,
-    #[comptime] bp: Blueprint,
-) {
-    let held = comptime!(bp.held);
-    let rows = base + by_columns(at.lane, comptime!(bp.key_row()));
-    let blocks = comptime!(BLOCKS + bp.state_reads());
-    let total = comptime!(bp.key_steps() * (BLOCKS + bp.state_reads()));
-    let mut right = Sequence::<Frag<F>>::new();
-    #[unroll]
-    for i in 0..comptime!(bp.ahead().min(total)) {
-        right.push(load::<F>(mma, tile, rows + comptime!(bp.row_fragment(i)), false));
-    }
-    #[unroll]
-    for step in 0..comptime!(bp.key_steps()) {
-        let left = state_frags::<F>(state, step, bp);
-        #[unroll]
-        for j in 0..blocks {
-            let i = comptime!(step * blocks + j);
-            if comptime!(i + bp.ahead() < total) {
-                right.push(load::<F>(mma, tile, rows + comptime!(bp.row_fragment(i + bp.ahead())), false));
-            }
-            if comptime!(j < BLOCKS) {
-                mma2::<F>(
-                    mma,
-                    &left,
-                    0usize,
-                    1usize,
-                    right.index(i),
-                    x,
-                    comptime!(2 * j),
-                    comptime!(2 * BLOCKS),
-                    held,
-                );
-            } else {
-                let n = comptime!(2 * (j - BLOCKS));
-                mma2::<F>(
-                    mma,
-                    &left,
-                    0usize,
-                    1usize,
-                    right.index(i),
-                    o,
-                    n,
-                    comptime!(2 * bp.read_blocks()),
-                    held,
-                );
-            }
-        }
-    }
-}
 
 /// N from X: $V^T - e^G X^T$, then block by block as `chunk.rs` says. Consumes X; a replay leaves R in shared memory.
 #[cube]
@@ -158,83 +72,6 @@ fn writes<F: Float>(
         }
     }
     n
-}
-
-/// Multiplies the columns of tokens `j` by their factors.
-#[cube]
-pub(crate) fn scale_pair(
-    x: &mut Sequence<Acc>,
-    factors: &SharedMemory<f32>,
-    at: usize,
-    #[comptime] j: usize,
-    #[comptime] per: usize,
-    lane: usize,
-    #[comptime] held: usize,
-) {
-    #[unroll]
-    for half in 0..2usize {
-        let by = factor_pair(factors, at, comptime!(2 * j + half), lane);
-        #[unroll]
-        for m in 0..held {
-            scale_columns(x.index_mut(comptime!(m * per + 2 * j + half)), by);
-        }
-    }
-}
-
-/// Leaves the rows of tile `j`, which are columns of `x`, in shared memory as outputs.
-#[cube]
-pub(crate) fn store_rows_of<F: Float>(
-    mma: &Mma<F>,
-    tile: &mut Tile<F>,
-    x: &Sequence<Acc>,
-    #[comptime] j: usize,
-    #[comptime] per: usize,
-    outputs: usize,
-    at: Lane,
-    #[comptime] bp: Blueprint,
-) {
-    let held = comptime!(bp.held);
-    let place = outputs + by_columns(at.lane, comptime!(bp.value_row())) + at.plane * (2 * held);
-    #[unroll]
-    for m in 0..held {
-        let i = comptime!(m * per + 2 * j);
-        let f = to_frag::<F>(x.index(i), x.index(comptime!(i + 1)));
-        store::<F>(mma, tile, place + comptime!(j * TILE * bp.value_row() + 2 * m), &f, true);
-    }
-}
-
-/// Adds tile `j` of tokens of `x` times its leaf, one of `blocks`, to that of `to`, `x` in two parts if asked for.
-#[cube]
-pub(crate) fn multiply_leaf<F: Float>(
-    mma: &Mma<F>,
-    tile: &Tile<F>,
-    x: &Sequence<Acc>,
-    blocks: usize,
-    to: &mut Sequence<Acc>,
-    #[comptime] j: usize,
-    #[comptime] transposed: bool,
-    #[comptime] two: bool,
-    #[comptime] bp: Blueprint,
-) {
-    let per = comptime!(2 * BLOCKS);
-    let mut left = Sequence::<Frag<F>>::new();
-    let mut rest = Sequence::<Frag<F>>::new();
-    #[unroll]
-    for m in 0..comptime!(bp.held) {
-        let i = comptime!(m * per + 2 * j);
-        if comptime!(two) {
-            let (a, b) = to_parts::<F>(x.index(i), x.index(comptime!(i + 1)));
-            left.push(a);
-            rest.push(b);
-        } else {
-            left.push(to_frag::<F>(x.index(i), x.index(comptime!(i + 1))));
-        }
-    }
-    let leaf = load::<F>(mma, tile, blocks + comptime!(j * BLOCK_UNITS), transposed);
-    mma2::<F>(mma, &left, 0usize, 1usize, &leaf, to, comptime!(2 * j), per, bp.held);
-    if comptime!(two) {
-        mma2::<F>(mma, &rest, 0usize, 1usize, &leaf, to, comptime!(2 * j), per, bp.held);
-    }
 }
 
 /// Offset of the row of a 16 x 16 block that this unit passes to `load` for a right operand.
@@ -324,87 +161,6 @@ fn update<F: Float>(
         }
     }
     add_rows::<F>(mma, tile, state, &left, &left, &mut right, keys, BLOCKS, false, bp);
-}
-
-/// The first right operands of [`add_rows`].
-#[cube]
-pub(crate) fn send_for_rows<F: Float>(
-    mma: &Mma<F>,
-    tile: &Tile<F>,
-    rows: usize,
-    #[comptime] blocks: usize,
-    #[comptime] bp: Blueprint,
-) -> Sequence<Frag<F>> {
-    let mut right = Sequence::<Frag<F>>::new();
-    #[unroll]
-    for i in 0..comptime!(bp.ahead().min(blocks * bp.key_steps())) {
-        right.push(load::<F>(mma, tile, rows + comptime!(bp.depth_fragment(i)), true));
-    }
-    right
-}
-
-/// $S^T \leftarrow S^T + A^T B$ for `blocks` tiles of rows B of keys or queries; of A there are `blocks` tiles
-/// for each one held, and as many of its `rest` if there are `two` parts.
-#[cube]
-pub(crate) fn add_rows<F: Float>(
-    mma: &Mma<F>,
-    tile: &Tile<F>,
-    state: &mut Sequence<Acc>,
-    left: &Sequence<Frag<F>>,
-    rest: &Sequence<Frag<F>>,
-    right: &mut Sequence<Frag<F>>,
-    rows: usize,
-    #[comptime] blocks: usize,
-    #[comptime] two: bool,
-    #[comptime] bp: Blueprint,
-) {
-    let total = comptime!(blocks * bp.key_steps());
-    #[unroll]
-    for j in 0..blocks {
-        #[unroll]
-        for step in 0..comptime!(bp.key_steps()) {
-            let i = comptime!(j * bp.key_steps() + step);
-            if comptime!(i + bp.ahead() < total) {
-                right.push(load::<F>(mma, tile, rows + comptime!(bp.depth_fragment(i + bp.ahead())), true));
-            }
-            let b = right.index(i);
-            let first = comptime!(2 * step);
-            mma2::<F>(mma, left, j, blocks, b, state, first, comptime!(2 * bp.key_steps()), bp.held);
-            if comptime!(two) {
-                mma2::<F>(mma, rest, j, blocks, b, state, first, comptime!(2 * bp.key_steps()), bp.held);
-            }
-        }
-    }
-}
-
-/// Takes the state through the decay of the whole chunk.
-#[cube]
-pub(crate) fn decay_state(
-    state: &mut Sequence<Acc>,
-    factors: &SharedMemory<f32>,
-    from: Target,
-    lane: usize,
-    #[comptime] bp: Blueprint,
-) {
-    let held = comptime!(bp.held);
-    let steps = comptime!(bp.key_steps());
-    if comptime!(bp.spec.decay == Decay::Head) {
-        let decay = Vector::<f32, V2>::cast_from(factors[from.factors + DECAY_AT]);
-        #[unroll]
-        for i in 0..comptime!(2 * held * steps) {
-            scale_columns(state.index_mut(i), decay);
-        }
-    }
-    if comptime!(bp.by_channel()) {
-        #[unroll]
-        for n in 0..comptime!(2 * steps) {
-            let decay = factor_pair(factors, from.factors + CHANNELS_AT, n, lane);
-            #[unroll]
-            for m in 0..held {
-                scale_columns(state.index_mut(comptime!(2 * m * bp.key_steps() + n)), decay);
-            }
-        }
-    }
 }
 
 /// One chunk: writes its outputs, if there are any, and takes the state to its end.

@@ -13,7 +13,7 @@ use cubecl::prelude::*;
 
 use super::blueprint::{BLOCK_UNITS, BLOCKS, Blueprint, ERASE_AT, ERASE_BLOCK, READ_AT, TILE, WRITE_AT};
 use super::chunk::Target;
-use super::scan::{
+use super::held::{
     add_rows, decay_state, factor_pair, multiply_leaf, read_state, scale_pair, send_for_rows, store_rows_of,
 };
 use super::state::Lane;
