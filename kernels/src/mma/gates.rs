@@ -68,6 +68,7 @@ pub(crate) fn gates(
     #[comptime] bp: Blueprint,
 ) -> Gates {
     // 32 bits hold every micro-step, in half of the registers.
+    let n_h = comptime!(bp.spec.micro_steps as u32);
     let step = (c * CHUNK + lane) as u32;
     let valid = step < place.steps as u32;
     let mut beta = beta_of(raw.beta, bp.spec.beta);
@@ -79,8 +80,7 @@ pub(crate) fn gates(
     let mut split = 1.0f32;
     if comptime!(bp.spec.decay == Decay::Head) {
         let g = f32::max(log_decay_of(raw.g, a_log, bias, lower_bound, bp.spec.gate), LOWEST);
-        sum =
-            running_sum(select(valid && step % comptime!(bp.spec.micro_steps as u32) == 0, g, 0.0f32), lane);
+        sum = running_sum(select(valid && step % n_h == 0, g, 0.0f32), lane);
         total = plane_shuffle(sum, 31u32);
         let middle = plane_shuffle(sum, 15u32);
         split = f32::exp(-f32::abs(sum - middle));
