@@ -9,6 +9,12 @@ pub(crate) const SLICE4: usize = SLICE / 4;
 /// Row length, in four-vectors, of a slice in shared memory: odd, so that rows fall into different banks.
 pub(crate) const SLICE_LD: usize = SLICE4 + 1;
 
+/// Rows of a tile that one unit of `scan` and `sweep` works on, each four columns wide.
+pub(crate) const TILE_ROWS: usize = 4;
+/// Units that share a tile, each taking its share of the depth. There are as many as rows, so that each ends up with
+/// the sum of one row.
+pub(crate) const PARTS: usize = TILE_ROWS;
+
 /// A specialisation of the kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Blueprint {
@@ -18,10 +24,10 @@ pub struct Blueprint {
     pub chunk: usize,
     /// Value channels of one cube of `scan`, a multiple of 4.
     pub value_tile: usize,
-    /// Rows of N that one unit of `scan` holds, each four columns wide: 1, 2 or 4.
-    pub unit_rows: usize,
     /// Units per row in `prepare` and `gradients`, each taking its share of the channels.
     pub parts: usize,
+    /// Left vectors that a product of `scan` and `sweep` asks for together, as its registers allow: 4 to 16.
+    pub ahead: usize,
     /// Whether the records also hold what the backward leaves in them.
     pub backward: bool,
 }
@@ -42,9 +48,9 @@ impl Blueprint {
         self.chunk * self.parts
     }
 
-    /// Units of a `scan` or `sweep` cube: one for each `unit_rows` x 4 tile of N.
+    /// Units of a `scan` or `sweep` cube: one for every four columns of each row of N.
     pub fn scan_units(&self) -> usize {
-        self.tile_rows() * self.tile_cols()
+        self.chunk * self.tile_cols()
     }
 
     /// Cubes that share the value channels of one head in `scan`.
@@ -59,9 +65,7 @@ impl Blueprint {
         let prepare = slices * self.chunk * SLICE_LD * 4 * f
             + 3 * self.chunk * (self.chunk + 1) * f
             + (4 + 2 * self.parts) * self.chunk * f;
-        let state = self.padded_key_dim() * self.value_tile * f;
-        let rows = if self.backward { self.stacked() } else { self.chunk };
-        let scan = state + rows * self.value_tile * f;
+        let scan = (self.padded_key_dim() + self.chunk + (PARTS - 1) * self.chunk) * self.value_tile * f;
         let gradients = (3 * self.chunk + 2 * SLICE) * SLICE_LD * 4 * f
             + 2 * self.chunk * (self.chunk + 1) * f
             + (4 * self.chunk + SLICE) * f;
@@ -77,12 +81,23 @@ impl Blueprint {
         self.padded_key_dim() / SLICE
     }
 
+    /// Four-vectors of a slice of the chunk's rows, and of a slice of 32 rows of a state, for each unit of `prepare` and
+    /// `gradients`.
+    pub(crate) fn row_vectors(&self) -> usize {
+        self.chunk * SLICE4 / self.prepare_units()
+    }
+
+    pub(crate) fn state_vectors(&self) -> usize {
+        SLICE * SLICE4 / self.prepare_units()
+    }
+
     pub(crate) fn value_slices(&self) -> usize {
         self.spec.value_dim.div_ceil(SLICE)
     }
 
+    /// Tiles in a column of N.
     pub(crate) fn tile_rows(&self) -> usize {
-        self.chunk / self.unit_rows
+        self.chunk / TILE_ROWS
     }
 
     pub(crate) fn tile_cols(&self) -> usize {
@@ -94,14 +109,10 @@ impl Blueprint {
         self.reads().div_ceil(self.tile_rows())
     }
 
-    /// Rounds that `mma` loads together: fewer where two scans share the registers.
-    pub(crate) fn ahead(&self) -> usize {
-        if self.backward { 2 } else { 4 }
-    }
-
-    /// Rows of the state that one unit updates at a time: as many as fit its registers and divide K.
+    /// Rows of the state that one unit updates at a time: at most four, so that all units have as many.
     pub(crate) fn state_rows(&self) -> usize {
-        (SLICE / self.tile_rows()).clamp(1, 4)
+        let each = self.padded_key_dim() / self.chunk;
+        (1..=TILE_ROWS).rev().find(|&n| each.is_multiple_of(n)).unwrap_or(1)
     }
 
     /// Four-vectors per row of value channels, all tiles together.

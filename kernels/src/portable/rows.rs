@@ -17,12 +17,53 @@ pub(crate) struct Rows {
     pub(crate) c: SharedMemory<F4>,
 }
 
-/// Fills the rows with slice `v` of R, dV and, where a token ends, dO.
+/// This unit's vectors of a slice of R, dV and dO, and of states, on their way from device to shared memory: all are
+/// asked for before the first is waited for.
+#[derive(CubeType)]
+struct Fetched {
+    r: Array<F4>,
+    dv: Array<F4>,
+    d_o: Array<F4>,
+    before: Array<F4>,
+    after: Array<F4>,
+}
+
 #[cube]
-fn load_rows<F: Float, N: Size>(
+impl Fetched {
+    fn new(#[comptime] bp: Blueprint) -> Fetched {
+        let rows = comptime!(bp.row_vectors());
+        let states = comptime!(bp.state_vectors());
+        Fetched {
+            r: Array::<F4>::new(rows),
+            dv: Array::<F4>::new(rows),
+            d_o: Array::<F4>::new(rows),
+            before: Array::<F4>::new(states),
+            after: Array::<F4>::new(states),
+        }
+    }
+}
+
+/// A vector of a row of value channels, zero behind the last.
+#[cube]
+fn load_channels(scratch: &Array<F4>, row_at: usize, channel: usize, #[comptime] bp: Blueprint) -> F4 {
+    let row4 = comptime!(bp.row4());
+    if comptime!(row4.is_multiple_of(SLICE4)) {
+        scratch[row_at + channel]
+    } else {
+        let mut value = F4::new(0.0f32);
+        if channel < row4 {
+            value = scratch[row_at + channel];
+        }
+        value
+    }
+}
+
+/// Asks for slice `v` of R, dV and, where a token ends, dO.
+#[cube]
+fn fetch_rows<F: Float, N: Size>(
+    to: &mut Fetched,
     d_o: &Array<Vector<F, N>>,
     scratch: &Array<F4>,
-    rows: &mut Rows,
     d_o_at: Strides,
     here: Chunk,
     hv: usize,
@@ -31,26 +72,50 @@ fn load_rows<F: Float, N: Size>(
     #[comptime] bp: Blueprint,
 ) {
     let n_h = comptime!(bp.spec.micro_steps);
-    let row4 = comptime!(bp.row4());
-    let mut z = UNIT_POS as usize;
-    while z < comptime!(bp.chunk * SLICE4) {
+    #[unroll]
+    for n in 0..comptime!(bp.row_vectors()) {
+        let z = UNIT_POS as usize + n * bp.prepare_units();
         let row = z / SLICE4;
-        let c = z % SLICE4;
-        let at = row * row4 + v * SLICE4 + c;
-        let to = row * SLICE_LD + c;
-        let mut r = F4::new(0.0f32);
-        let mut dv = F4::new(0.0f32);
-        if v * SLICE4 + c < row4 {
-            r = scratch[record + comptime!(bp.r_at()) + at];
-            dv = scratch[record + comptime!(bp.dv_at()) + at];
-        }
-        rows.a[to] = r;
-        rows.b[to] = dv;
+        let channel = v * SLICE4 + z % SLICE4;
+        let at = record + row * comptime!(bp.row4());
+        to.r[n] = load_channels(scratch, at + comptime!(bp.r_at()), channel, bp);
+        to.dv[n] = load_channels(scratch, at + comptime!(bp.dv_at()), channel, bp);
         let step = here.step0 + row;
         let is_read = row < here.rows && (step + 1) % n_h == 0;
         let from = d_o_at.at(here.row, here.start + step / n_h, hv);
-        rows.c[to] = load4(d_o, from, v * SLICE + 4 * c, is_read, bp.spec.value_dim);
-        z += bp.prepare_units();
+        to.d_o[n] = load4(d_o, from, 4 * channel, is_read, bp.spec.value_dim);
+    }
+}
+
+#[cube]
+fn put_rows(from: &Fetched, rows: &mut Rows, #[comptime] bp: Blueprint) {
+    #[unroll]
+    for n in 0..comptime!(bp.row_vectors()) {
+        let z = UNIT_POS as usize + n * bp.prepare_units();
+        let to = z / SLICE4 * SLICE_LD + z % SLICE4;
+        rows.a[to] = from.r[n];
+        rows.b[to] = from.dv[n];
+        rows.c[to] = from.d_o[n];
+    }
+}
+
+/// Asks for slice `v` of the states' rows of 32 key channels.
+#[cube]
+fn fetch_states(
+    to: &mut Fetched,
+    scratch: &Array<F4>,
+    record: usize,
+    slice: usize,
+    v: usize,
+    #[comptime] bp: Blueprint,
+) {
+    #[unroll]
+    for n in 0..comptime!(bp.state_vectors()) {
+        let z = UNIT_POS as usize + n * bp.prepare_units();
+        let at = record + (slice * SLICE + z / SLICE4) * comptime!(bp.row4());
+        let channel = v * SLICE4 + z % SLICE4;
+        to.before[n] = load_channels(scratch, at + comptime!(bp.state_at()), channel, bp);
+        to.after[n] = load_channels(scratch, at + comptime!(bp.d_state_at()), channel, bp);
     }
 }
 
@@ -81,7 +146,9 @@ pub(crate) fn grams<F: Float, N: Size>(
         xs[n] = 0.0f32;
     }
     for v in 0..comptime!(bp.value_slices()) {
-        load_rows(d_o, scratch, rows, d_o_at, here, hv, record, v, bp);
+        let mut fetched = Fetched::new(bp);
+        fetch_rows(&mut fetched, d_o, scratch, d_o_at, here, hv, record, v, bp);
+        put_rows(&fetched, rows, bp);
         sync_cube();
         for c in 0..SLICE4 {
             let dv = rows.b[i * SLICE_LD + c];
@@ -125,11 +192,9 @@ pub(crate) fn through_states<F: Float, N: Size>(
     part: usize,
     #[comptime] bp: Blueprint,
 ) {
-    let units = comptime!(bp.prepare_units());
     let parts = comptime!(bp.parts);
     let owned = comptime!(SLICE4 / bp.parts);
-    let row4 = comptime!(bp.row4());
-    let fetched = comptime!(SLICE * SLICE4 / bp.prepare_units());
+    let vectors = comptime!(bp.state_vectors());
     let unit = UNIT_POS as usize;
     #[unroll]
     for m in 0..owned {
@@ -137,28 +202,23 @@ pub(crate) fn through_states<F: Float, N: Size>(
         e[m] = F4::new(0.0f32);
         w[m] = F4::new(0.0f32);
     }
-    let mut products = Array::<f32>::new(fetched);
+    let mut products = Array::<f32>::new(vectors);
     #[unroll]
-    for n in 0..fetched {
+    for n in 0..vectors {
         products[n] = 0.0f32;
     }
     for v in 0..comptime!(bp.value_slices()) {
-        load_rows(d_o, scratch, rows, d_o_at, here, hv, record, v, bp);
+        let mut fetched = Fetched::new(bp);
+        fetch_rows(&mut fetched, d_o, scratch, d_o_at, here, hv, record, v, bp);
+        fetch_states(&mut fetched, scratch, record, slice, v, bp);
+        put_rows(&fetched, rows, bp);
         #[unroll]
-        for n in 0..fetched {
-            let z = unit + n * units;
-            let key = z / SLICE4;
-            let c = z % SLICE4;
-            let at = (slice * SLICE + key) * row4 + v * SLICE4 + c;
-            let mut before = F4::new(0.0f32);
-            let mut after = F4::new(0.0f32);
-            if v * SLICE4 + c < row4 {
-                before = scratch[record + comptime!(bp.state_at()) + at];
-                after = scratch[record + comptime!(bp.d_state_at()) + at];
-            }
-            s[key * SLICE_LD + c] = before;
-            ds[key * SLICE_LD + c] = after;
-            products[n] = dot(before, after, products[n]);
+        for n in 0..vectors {
+            let z = unit + n * bp.prepare_units();
+            let to = z / SLICE4 * SLICE_LD + z % SLICE4;
+            s[to] = fetched.before[n];
+            ds[to] = fetched.after[n];
+            products[n] = dot(fetched.before[n], fetched.after[n], products[n]);
         }
         sync_cube();
         for c in 0..SLICE4 {
@@ -185,8 +245,8 @@ pub(crate) fn through_states<F: Float, N: Size>(
         sync_cube();
     }
     #[unroll]
-    for n in 0..fetched {
-        let z = unit + n * units;
+    for n in 0..vectors {
+        let z = unit + n * bp.prepare_units();
         s[z / SLICE4 * SLICE_LD + z % SLICE4] = F4::new(products[n]);
     }
     sync_cube();

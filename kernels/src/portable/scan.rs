@@ -2,8 +2,8 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::Blueprint;
-use super::tile::mma;
+use super::blueprint::{Blueprint, PARTS, TILE_ROWS};
+use super::tile::{Place, arrived, gather, mma, place, touch, zeros};
 use crate::record::{F4, Sequence, StateStrides, Strides, load4, sequence, store4};
 
 /// What a cube of `scan` or `sweep` works on, and which part of it a unit does.
@@ -14,9 +14,8 @@ pub(crate) struct Tile {
     /// The head among those of the pass, and among all.
     pub(crate) head: usize,
     pub(crate) hv: usize,
-    /// The unit's row and its four columns in a tile.
-    pub(crate) ty: usize,
-    pub(crate) tx: usize,
+    /// The unit's tile in a product.
+    pub(crate) place: Place,
     /// The first of the unit's value channels.
     pub(crate) channel: usize,
 }
@@ -26,16 +25,23 @@ pub(crate) struct Tile {
 #[cube]
 pub(crate) fn tile_of(p: usize, first_head: u32, heads: u32, #[comptime] bp: Blueprint) -> Tile {
     let tiles = comptime!(bp.value_tiles());
-    let cols = comptime!(bp.tile_cols());
     let head = p / tiles % heads as usize;
-    let tx = UNIT_POS as usize % cols;
+    let place = place(UNIT_POS as usize, comptime!(bp.tile_rows()), comptime!(bp.tile_cols()));
     Tile {
         n: p / (tiles * heads as usize),
         head,
         hv: first_head as usize + head,
-        ty: UNIT_POS as usize / cols,
-        tx,
-        channel: p % tiles * bp.value_tile + 4 * tx,
+        place,
+        channel: p % tiles * bp.value_tile + 4 * place.tx,
+    }
+}
+
+#[cube]
+impl Tile {
+    /// The row of a chunk of which this unit gets the sum, where rows of a tile lie `tile_rows` apart; also the first
+    /// of the keys that it alone updates.
+    pub(crate) fn row(&self, #[comptime] bp: Blueprint) -> usize {
+        self.place.ty + self.place.part * comptime!(bp.tile_rows())
     }
 }
 
@@ -65,20 +71,19 @@ pub fn scan<F: Float, N: Size>(
     }
     let chunk = comptime!(bp.chunk);
     let n_h = comptime!(bp.spec.micro_steps);
-    let rows = comptime!(bp.tile_rows());
+    let step = comptime!(bp.tile_rows());
     let cols = comptime!(bp.tile_cols());
-    let held = comptime!(bp.unit_rows);
     let read_rows = comptime!(bp.read_rows());
 
     let mut state = SharedMemory::<F4>::new(comptime!(bp.padded_key_dim() * cols));
-    let mut writes = SharedMemory::<F4>::new(chunk * cols);
+    let mut rows = SharedMemory::<F4>::new(chunk * cols);
+    let mut exchange = SharedMemory::<F4>::new(comptime!((PARTS - 1) * chunk * cols));
 
     let at = tile_of(CUBE_POS, first_head, heads, bp);
     let seq = sequence(table, at.n);
     let steps = seq.tokens * n_h;
     load_state(initial_state, initial_at, at, &mut state, bp.spec.has_initial_state, bp);
 
-    sync_cube();
     let mut step0 = 0usize;
     let mut id = seq.first_chunk;
     while step0 < steps {
@@ -86,49 +91,76 @@ pub fn scan<F: Float, N: Size>(
         let first_read = step0 / n_h;
         let reads_here = (step0 + here) / n_h - first_read;
         let record = (id * heads as usize + at.head) * comptime!(bp.record_vectors());
-
-        let mut acc = Array::<F4>::new(comptime!(held + read_rows));
-        solve(&mut acc, v, v_at, seq, step0, scratch, record, &state, &mut writes, at, here, read_rows, bp);
         sync_cube();
-        #[unroll]
-        for r in 0..held {
-            writes[(at.ty + r * rows) * cols + at.tx] = acc[r];
+        let units = comptime!(bp.scan_units());
+        let near = touch(
+            scratch_scalars,
+            record + comptime!(bp.kd_at()),
+            comptime!(bp.factors_at() - bp.kd_at()),
+            units,
+        );
+
+        let mut acc = zeros(comptime!(TILE_ROWS + read_rows));
+        let n = solve(
+            &mut acc,
+            v,
+            v_at,
+            seq,
+            step0,
+            scratch,
+            record,
+            &state,
+            &mut rows,
+            &mut exchange,
+            at,
+            here,
+            read_rows,
+            bp,
+        );
+        arrived(near, &mut rows, UNIT_POS as usize);
+        rows[at.row(bp) * cols + at.place.tx] = n;
+        let mut near = 0.0f32;
+        if step0 + chunk < steps {
+            let next = record + heads as usize * comptime!(bp.record_vectors());
+            near = touch(scratch_scalars, next, comptime!(bp.kd_at()), units);
         }
         sync_cube();
 
         // O = Qg S + P N
+        let fours = comptime!(chunk / 4 / PARTS);
         mma(
             &mut acc,
             scratch,
             record + comptime!(bp.p_at()),
-            at.ty,
-            &writes,
-            at.tx,
-            held,
+            at.place.ty,
+            &rows,
+            at.place.tx,
+            at.place.part * fours,
+            TILE_ROWS,
             read_rows,
-            rows,
+            step,
             comptime!(bp.reads()),
-            chunk,
+            fours,
             cols,
-            comptime!(bp.ahead()),
+            bp.ahead,
         );
-        #[unroll]
-        for r in 0..read_rows {
-            let row = at.ty + r * rows;
-            if row < reads_here {
-                let o_row = o_at.at(seq.row, seq.start + first_read + row, at.hv);
-                store4(o, o_row, at.channel, acc[held + r], bp.spec.value_dim);
-            }
+        write_state(scratch, scratch_scalars, record, &mut state, &rows, at, bp);
+        let read = gather(&acc, &mut exchange, at.place, TILE_ROWS, read_rows, comptime!(step * cols));
+        let row = at.row(bp);
+        if row < reads_here {
+            let o_row = o_at.at(seq.row, seq.start + first_read + row, at.hv);
+            store4(o, o_row, at.channel, read, bp.spec.value_dim);
         }
-        write_state(scratch, scratch_scalars, record, &mut state, &writes, at, bp);
-        sync_cube();
+        arrived(near, &mut rows, UNIT_POS as usize);
         step0 += chunk;
         id += 1;
     }
+    sync_cube();
     store_state(final_state, final_at, at, &state, bp);
 }
 
-/// Leaves N = T (V - Kg S) (of the backward, R = M (V - Kg S)) in `acc[..unit_rows]` and Qg S in `acc[unit_rows..]`, `read_rows` of them.
+/// This unit's row of N = T (V - Kg S) (of the backward, R = M (V - Kg S)), and its part of Qg S, `read_rows` rows, in
+/// `acc[TILE_ROWS..]`; `acc` must be zero. `rows` is no longer read afterwards.
 #[cube]
 pub(crate) fn solve<F: Float, N: Size>(
     acc: &mut Array<F4>,
@@ -139,60 +171,59 @@ pub(crate) fn solve<F: Float, N: Size>(
     scratch: &Array<F4>,
     record: usize,
     state: &SharedMemory<F4>,
-    writes: &mut SharedMemory<F4>,
+    rows: &mut SharedMemory<F4>,
+    exchange: &mut SharedMemory<F4>,
     at: Tile,
     here: usize,
     #[comptime] read_rows: usize,
     #[comptime] bp: Blueprint,
-) {
+) -> F4 {
     let chunk = comptime!(bp.chunk);
-    let rows = comptime!(bp.tile_rows());
+    let step = comptime!(bp.tile_rows());
     let cols = comptime!(bp.tile_cols());
-    let held = comptime!(bp.unit_rows);
-    #[unroll]
-    for r in 0..comptime!(held + read_rows) {
-        acc[r] = F4::new(0.0f32);
-    }
     // [Kg; Qg] S, rows of Kg first.
+    let fours = comptime!(bp.padded_key_dim() / 4 / PARTS);
     mma(
         acc,
         scratch,
         record,
-        at.ty,
+        at.place.ty,
         state,
-        at.tx,
+        at.place.tx,
+        at.place.part * fours,
         0usize,
-        comptime!(held + read_rows),
-        rows,
+        comptime!(TILE_ROWS + read_rows),
+        step,
         comptime!(bp.stacked()),
-        comptime!(bp.padded_key_dim()),
+        fours,
         cols,
-        comptime!(bp.ahead()),
+        bp.ahead,
     );
-    #[unroll]
-    for r in 0..held {
-        let row = at.ty + r * rows;
-        let from = v_at.at(seq.row, seq.start * bp.spec.micro_steps + step0 + row, at.hv);
-        let value = load4(v, from, at.channel, row < here, bp.spec.value_dim);
-        writes[row * cols + at.tx] = value - acc[r];
-        acc[r] = F4::new(0.0f32);
-    }
+    let row = at.row(bp);
+    let from = v_at.at(seq.row, seq.start * bp.spec.micro_steps + step0 + row, at.hv);
+    let value = load4(v, from, at.channel, row < here, bp.spec.value_dim);
+    let erased = gather(acc, exchange, at.place, 0usize, TILE_ROWS, comptime!(step * cols));
+    rows[row * cols + at.place.tx] = value - erased;
     sync_cube();
+    let fours = comptime!(chunk / 4 / PARTS);
+    let mut tile = zeros(TILE_ROWS);
     mma(
-        acc,
+        &mut tile,
         scratch,
         record + comptime!(bp.t_at()),
-        at.ty,
-        writes,
-        at.tx,
-        0usize,
-        held,
+        at.place.ty,
         rows,
+        at.place.tx,
+        at.place.part * fours,
+        0usize,
+        TILE_ROWS,
+        step,
         chunk,
-        chunk,
+        fours,
         cols,
-        comptime!(bp.ahead()),
+        bp.ahead,
     );
+    gather(&tile, exchange, at.place, 0usize, TILE_ROWS, comptime!(step * cols))
 }
 
 /// S <- gamma S + Kd^T N, a few keys at a time; each unit updates the keys that it alone owns.
@@ -202,42 +233,43 @@ pub(crate) fn write_state(
     scratch_scalars: &Array<f32>,
     record: usize,
     state: &mut SharedMemory<F4>,
-    writes: &SharedMemory<F4>,
+    rows: &SharedMemory<F4>,
     at: Tile,
     #[comptime] bp: Blueprint,
 ) {
-    let rows = comptime!(bp.tile_rows());
+    let step = comptime!(bp.chunk);
     let cols = comptime!(bp.tile_cols());
     let padded = comptime!(bp.padded_key_dim());
     let state_rows = comptime!(bp.state_rows());
-    let mut key = at.ty;
+    let mut key = at.row(bp);
     while key < padded {
         let mut tile = Array::<F4>::new(state_rows);
         #[unroll]
         for r in 0..state_rows {
-            let gamma = scratch_scalars[(record + comptime!(bp.gamma_at())) * 4 + key + r * rows];
-            tile[r] = state[(key + r * rows) * cols + at.tx] * F4::new(gamma);
+            let gamma = scratch_scalars[(record + comptime!(bp.gamma_at())) * 4 + key + r * step];
+            tile[r] = state[(key + r * step) * cols + at.place.tx] * F4::new(gamma);
         }
         mma(
             &mut tile,
             scratch,
             record + comptime!(bp.kd_at()),
             key,
-            writes,
-            at.tx,
+            rows,
+            at.place.tx,
+            0usize,
             0usize,
             state_rows,
-            rows,
+            step,
             padded,
-            bp.chunk,
+            comptime!(bp.chunk / 4),
             cols,
-            comptime!(bp.ahead()),
+            bp.ahead,
         );
         #[unroll]
         for r in 0..state_rows {
-            state[(key + r * rows) * cols + at.tx] = tile[r];
+            state[(key + r * step) * cols + at.place.tx] = tile[r];
         }
-        key += comptime!(state_rows * rows);
+        key += comptime!(state_rows * step);
     }
 }
 
@@ -251,7 +283,7 @@ pub(crate) fn load_state(
     #[comptime] given: bool,
     #[comptime] bp: Blueprint,
 ) {
-    let mut key = at.ty;
+    let mut key = at.row(bp);
     while key < comptime!(bp.padded_key_dim()) {
         let mut s = F4::new(0.0f32);
         if comptime!(given) && key < bp.spec.key_dim {
@@ -263,8 +295,8 @@ pub(crate) fn load_state(
                 }
             }
         }
-        state[key * comptime!(bp.tile_cols()) + at.tx] = s;
-        key += comptime!(bp.tile_rows());
+        state[key * comptime!(bp.tile_cols()) + at.place.tx] = s;
+        key += comptime!(bp.chunk);
     }
 }
 
@@ -277,9 +309,9 @@ pub(crate) fn store_state(
     state: &SharedMemory<F4>,
     #[comptime] bp: Blueprint,
 ) {
-    let mut key = at.ty;
+    let mut key = at.row(bp);
     while key < bp.spec.key_dim {
-        let s = state[key * comptime!(bp.tile_cols()) + at.tx];
+        let s = state[key * comptime!(bp.tile_cols()) + at.place.tx];
         let row = to_at.row(at.n, at.hv, key);
         #[unroll]
         for e in 0..4usize {
@@ -287,6 +319,6 @@ pub(crate) fn store_state(
                 to[row + (at.channel + e) * to_at.v as usize] = s[e];
             }
         }
-        key += comptime!(bp.tile_rows());
+        key += comptime!(bp.chunk);
     }
 }

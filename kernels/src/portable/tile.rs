@@ -1,17 +1,45 @@
-//! The product that `scan` is made of, and its transpose for the way back.
+//! The products that `scan` and `sweep` are made of.
 //!
 //! The left matrix lies in a record, blocked by depth: the vector `d * height + row` holds columns
 //! `4 * d..4 * d + 4` of that row, so that the units of a plane, which take neighbouring rows, read
 //! neighbouring vectors. The right matrix lies in shared memory, row-major. A unit owns four columns of
-//! several rows `row0 + r * step` and reads each right vector once for all of them.
+//! several rows and reads each right vector once for all of them.
+//!
+//! Where a product has fewer tiles than there are units, [`PARTS`] units share a tile, each with its part of the
+//! depth, and [`gather`] adds up.
 
 use cubecl::prelude::*;
 
+use super::blueprint::PARTS;
 use crate::record::F4;
 
-/// `acc[first + r] += A[row0 + r * step, ..] B[b0.., 4 * col..4 * col + 4]` for `r < rows`. Rows past the
-/// last one repeat it; their results are not to be used. `ahead` rounds of four columns are loaded together; it
-/// divides every depth, a multiple of 16, by four.
+/// Left vectors of the transposed product that are asked for before the first is used: they come from afar.
+const AHEAD: usize = 8;
+
+/// Which tile of a matrix a unit works on.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Place {
+    /// The tile, by rows and by four-vectors.
+    pub(crate) ty: usize,
+    pub(crate) tx: usize,
+    /// Which part of the depth.
+    pub(crate) part: usize,
+}
+
+/// The place of unit `u` among `PARTS` for each of `rows * cols` tiles.
+#[cube]
+pub(crate) fn place(u: usize, #[comptime] rows: usize, #[comptime] cols: usize) -> Place {
+    let tile = u % comptime!(rows * cols);
+    Place { ty: tile / cols, tx: tile % cols, part: u / comptime!(rows * cols) }
+}
+
+/// How many of `fours` rounds ask together for their left vectors, of which there are then at most `ahead`.
+fn together(rows: usize, fours: usize, ahead: usize) -> usize {
+    (1..=(ahead / rows).max(1)).rev().find(|&n| fours.is_multiple_of(n)).unwrap_or(1)
+}
+
+/// `acc[first + r] += A[row0 + r * step, 4 * from..] B[4 * from.., 4 * col..4 * col + 4]` for `r < rows`, over
+/// `4 * fours` columns of A. Rows past the last one repeat it; their results are not to be used.
 #[cube]
 pub(crate) fn mma(
     acc: &mut Array<F4>,
@@ -20,20 +48,21 @@ pub(crate) fn mma(
     row0: usize,
     b: &SharedMemory<F4>,
     col: usize,
+    from: usize,
     #[comptime] first: usize,
     #[comptime] rows: usize,
     #[comptime] step: usize,
     #[comptime] height: usize,
-    #[comptime] depth: usize,
+    #[comptime] fours: usize,
     #[comptime] ldb: usize,
     #[comptime] ahead: usize,
 ) {
-    // All left vectors of a round are asked for before the first is used: they come from afar.
-    let mut left = Array::<F4>::new(comptime!(ahead * rows));
-    for round in 0..depth / (4 * ahead) {
+    let together = comptime!(together(rows, fours, ahead));
+    let mut left = Array::<F4>::new(comptime!(together * rows));
+    for round in 0..rolled(comptime!(fours / together)) {
         #[unroll]
-        for next in 0..ahead {
-            let d = round * ahead + next;
+        for next in 0..together {
+            let d = from + round * together + next;
             #[unroll]
             for r in 0..rows {
                 let row = clamp_row(row0 + r * step, step * rows, height);
@@ -41,8 +70,8 @@ pub(crate) fn mma(
             }
         }
         #[unroll]
-        for next in 0..ahead {
-            let at = 4 * (round * ahead + next) * ldb + col;
+        for next in 0..together {
+            let at = 4 * (from + round * together + next) * ldb + col;
             let x0 = b[at];
             let x1 = b[at + ldb];
             let x2 = b[at + 2 * ldb];
@@ -61,11 +90,8 @@ pub(crate) fn mma(
     }
 }
 
-/// Left vectors of [`mma_transposed`] that are asked for before the first is used: they come from afar.
-const AHEAD: usize = 2;
-
 /// The same with the left matrix transposed: `acc[e] += A[.., 4 * block + e]^T B[b_row0.., 4 * col..4 * col + 4]`,
-/// a sum over the first `depth` rows of both. A vector of the record now holds four rows at one depth, so a unit owns
+/// a sum over the rows `from..to` of A. A vector of the record now holds four rows at one depth, so a unit owns
 /// four rows that lie next to each other.
 #[cube]
 pub(crate) fn mma_transposed(
@@ -76,26 +102,28 @@ pub(crate) fn mma_transposed(
     b: &SharedMemory<F4>,
     b_row0: usize,
     col: usize,
-    depth: usize,
+    from: usize,
+    to: usize,
     #[comptime] height: usize,
     #[comptime] ldb: usize,
 ) {
-    let from = a_at + block * height;
-    let whole = depth / AHEAD;
-    for round in 0..whole {
-        let d = round * AHEAD;
+    let a_row = a_at + block * height;
+    let mut d = from;
+    while d + AHEAD <= to {
         let mut left = Array::<F4>::new(AHEAD);
         #[unroll]
         for next in 0..AHEAD {
-            left[next] = a[from + d + next];
+            left[next] = a[a_row + d + next];
         }
         #[unroll]
         for next in 0..AHEAD {
             rank_one(acc, left[next], b[(b_row0 + d + next) * ldb + col]);
         }
+        d += AHEAD;
     }
-    for d in whole * AHEAD..depth {
-        rank_one(acc, a[from + d], b[(b_row0 + d) * ldb + col]);
+    while d < to {
+        rank_one(acc, a[a_row + d], b[(b_row0 + d) * ldb + col]);
+        d += 1;
     }
 }
 
@@ -107,8 +135,94 @@ fn rank_one(acc: &mut Array<F4>, left: F4, right: F4) {
     }
 }
 
+/// Adds up the parts of every tile: the unit of part p gets row `first + p`, if that is one of `rows`. Others' parts of
+/// a row pass through `exchange`, `PARTS - 1` vectors for each, which must not be in use before or, until the next
+/// barrier, afterwards. In the middle is a barrier. The order of the sum is always the same.
+#[cube]
+pub(crate) fn gather(
+    acc: &Array<F4>,
+    exchange: &mut SharedMemory<F4>,
+    place: Place,
+    #[comptime] first: usize,
+    #[comptime] rows: usize,
+    #[comptime] tiles: usize,
+) -> F4 {
+    let tile = UNIT_POS as usize % tiles;
+    let mut sum = acc[first];
+    #[unroll]
+    for r in 0..rows {
+        // The senders to one row, numbered from the one behind its owner.
+        let turn = (place.part + comptime!(PARTS - 1 - r)) % PARTS;
+        if turn < PARTS - 1 {
+            exchange[(r * comptime!(PARTS - 1) + turn) * tiles + tile] = acc[first + r];
+        }
+        if comptime!(r > 0) {
+            sum = select(place.part == r, acc[first + r], sum);
+        }
+    }
+    sync_cube();
+    if place.part < rows {
+        #[unroll]
+        for turn in 0..PARTS - 1 {
+            sum += exchange[(place.part * comptime!(PARTS - 1) + turn) * tiles + tile];
+        }
+    }
+    sum
+}
+
+/// Four-vectors in what a cache fetches at a time, 32 bytes.
+const SECTOR: usize = 2;
+
+/// Asks for `count` vectors from `at` on, so that they are near when they are wanted. What comes back must be given to
+/// [`arrived`].
+#[cube]
+pub(crate) fn touch(
+    scalars: &Array<f32>,
+    at: usize,
+    #[comptime] count: usize,
+    #[comptime] units: usize,
+) -> f32 {
+    let sectors = comptime!(count / SECTOR);
+    let mut any = 0.0f32;
+    #[unroll]
+    for n in 0..comptime!(sectors.div_ceil(units)) {
+        let sector = UNIT_POS as usize + n * units;
+        if comptime!((n + 1) * units <= sectors) || sector < sectors {
+            any += scalars[4 * (at + sector * SECTOR)];
+        }
+    }
+    any
+}
+
+/// Waits for what was touched. Without a use the loads would not be made at all; the one that there is writes where
+/// nobody reads, for one value out of all.
+#[cube]
+pub(crate) fn arrived(any: f32, nowhere: &mut SharedMemory<F4>, at: usize) {
+    if any == -1.25e37f32 {
+        nowhere[at] = F4::new(any);
+    }
+}
+
+/// Rows of zeros.
+#[cube]
+pub(crate) fn zeros(#[comptime] rows: usize) -> Array<F4> {
+    let mut tile = Array::<F4>::new(rows);
+    #[unroll]
+    for r in 0..rows {
+        tile[r] = F4::new(0.0f32);
+    }
+    tile
+}
+
 /// Keeps a row inside a matrix whose height the units do not divide.
 #[cube]
 fn clamp_row(row: usize, #[comptime] covered: usize, #[comptime] height: usize) -> usize {
     if comptime!(covered > height) { usize::min(row, height - 1) } else { row }
+}
+
+/// `n`, which the compiler does not know: a loop of that length is not unrolled, and loads of later rounds do not take
+/// registers in this one.
+#[cube]
+pub(crate) fn rolled(#[comptime] n: usize) -> usize {
+    if comptime!(n > 1) { usize::min(CUBE_COUNT, 1usize) * n } else { n.runtime() }
 }

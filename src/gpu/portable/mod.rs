@@ -22,10 +22,10 @@ const MAX_SCRATCH: u64 = 1 << 30;
 /// Units of a `prepare` cube, whatever the chunk: inside every device's limit, and few enough that none spills.
 const PREPARE_UNITS: usize = 128;
 
-/// Units per multiprocessor that keep it busy. Below, units take fewer rows each, so that there are more of
-/// them; devices that do not tell how many multiprocessors they have (WGPU) run few cubes on each, and want
-/// those as wide as they can be.
-const BUSY_UNITS: usize = 256;
+/// What a product asks for together: WGPU's compilers take all the registers that they like, CUDA's spills rather
+/// than give up a cube on the multiprocessor.
+const CUDA_AHEAD: usize = 4;
+const WGPU_AHEAD: usize = 16;
 
 fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, backward: bool) -> Result<Blueprint> {
     let chunks: &[usize] = match call.options.chunk_size {
@@ -35,8 +35,9 @@ fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, backward: bo
         Some(got) => return Err(Error::ChunkSize { got, supported: "the GPU kernels take 16 or 32" }),
     };
     let spec = call.spec();
-    let base = Blueprint { spec, chunk: 0, value_tile: 0, unit_rows: 4, parts: 0, backward };
     let hardware = &client.properties().hardware;
+    let ahead = if hardware.num_streaming_multiprocessors.is_some() { CUDA_AHEAD } else { WGPU_AHEAD };
+    let base = Blueprint { spec, chunk: 0, value_tile: 0, parts: 0, ahead, backward };
     let fits = |bp: &Blueprint| {
         bp.shared_memory() <= hardware.max_shared_memory_size
             && bp.prepare_units().max(bp.scan_units()) <= hardware.max_units_per_cube as usize
@@ -45,7 +46,7 @@ fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, backward: bo
     let sized =
         |chunk: usize, value_tile| Blueprint { chunk, value_tile, parts: PREPARE_UNITS / chunk, ..base };
     let smallest = sized(16, 16);
-    let bp = tiles
+    tiles
         .flat_map(|value_tile| chunks.iter().map(move |&chunk| sized(chunk, value_tile)))
         .find(fits)
         .ok_or_else(|| Error::Device {
@@ -55,20 +56,7 @@ fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, backward: bo
                 smallest.shared_memory(),
                 hardware.max_shared_memory_size
             ),
-        })?;
-    if backward {
-        // On the way back a unit owns four rows that lie next to each other.
-        return Ok(bp);
-    }
-    let filled = |bp: &Blueprint| match hardware.num_streaming_multiprocessors {
-        Some(n) => {
-            call.problem.sequences() * call.problem.shape().value_heads * bp.value_tiles() * bp.scan_units()
-                >= n as usize * BUSY_UNITS
-        }
-        None => false,
-    };
-    let rows = [4, 2].map(|unit_rows| Blueprint { unit_rows, ..bp });
-    Ok(rows.into_iter().find(filled).unwrap_or(Blueprint { unit_rows: 1, ..bp }))
+        })
 }
 
 /// How the heads are cut into passes, each with scratch for its records; `multiple` of them stay together.
