@@ -171,7 +171,8 @@ fn half_precision() {
             let problem = Problem::new(Rule::kda(), shape(1, 70, [1, 1], [64, 64])).unwrap();
             let mut sample = Sample::new(problem, MILD, 12);
             sample.round(dtype);
-            // The portable kernels, also where there are tensor cores. Only what comes and goes is rounded to the type; the arithmetic is f32.
+            // The portable kernels, also where there are tensor cores. Only what comes and goes is rounded to the
+            // type; the arithmetic is f32.
             check_in(
                 &client,
                 dtype,
