@@ -65,7 +65,8 @@ impl Blueprint {
         let prepare = slices * self.chunk * SLICE_LD * 4 * f
             + 3 * self.chunk * (self.chunk + 1) * f
             + (4 + 2 * self.parts) * self.chunk * f;
-        let scan = (self.padded_key_dim() + self.chunk + (PARTS - 1) * self.chunk) * self.value_tile * f;
+        // The state, the rows of a chunk, and of each row what all parts but one send.
+        let scan = (self.padded_key_dim() + PARTS * self.chunk) * self.value_tile * f;
         let gradients = (3 * self.chunk + 2 * SLICE) * SLICE_LD * 4 * f
             + 2 * self.chunk * (self.chunk + 1) * f
             + (4 * self.chunk + SLICE) * f;

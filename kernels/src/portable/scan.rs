@@ -92,13 +92,7 @@ pub fn scan<F: Float, N: Size>(
         let reads_here = (step0 + here) / n_h - first_read;
         let record = (id * heads as usize + at.head) * comptime!(bp.record_vectors());
         sync_cube();
-        let units = comptime!(bp.scan_units());
-        let near = touch(
-            scratch_scalars,
-            record + comptime!(bp.kd_at()),
-            comptime!(bp.factors_at() - bp.kd_at()),
-            units,
-        );
+        let near = touch(scratch_scalars, record, comptime!(bp.kd_at()..bp.factors_at()), bp);
 
         let mut acc = zeros(comptime!(TILE_ROWS + read_rows));
         let n = solve(
@@ -122,7 +116,7 @@ pub fn scan<F: Float, N: Size>(
         let mut near = 0.0f32;
         if step0 + chunk < steps {
             let next = record + heads as usize * comptime!(bp.record_vectors());
-            near = touch(scratch_scalars, next, comptime!(bp.kd_at()), units);
+            near = touch(scratch_scalars, next, comptime!(0..bp.kd_at()), bp);
         }
         sync_cube();
 
@@ -145,7 +139,7 @@ pub fn scan<F: Float, N: Size>(
             bp.ahead,
         );
         write_state(scratch, scratch_scalars, record, &mut state, &rows, at, bp);
-        let read = gather(&acc, &mut exchange, at.place, TILE_ROWS, read_rows, comptime!(step * cols));
+        let read = gather(&acc, &mut exchange, at.place, TILE_ROWS, read_rows, bp);
         let row = at.row(bp);
         if row < reads_here {
             let o_row = o_at.at(seq.row, seq.start + first_read + row, at.hv);
@@ -202,7 +196,7 @@ pub(crate) fn solve<F: Float, N: Size>(
     let row = at.row(bp);
     let from = v_at.at(seq.row, seq.start * bp.spec.micro_steps + step0 + row, at.hv);
     let value = load4(v, from, at.channel, row < here, bp.spec.value_dim);
-    let erased = gather(acc, exchange, at.place, 0usize, TILE_ROWS, comptime!(step * cols));
+    let erased = gather(acc, exchange, at.place, 0usize, TILE_ROWS, bp);
     rows[row * cols + at.place.tx] = value - erased;
     sync_cube();
     let fours = comptime!(chunk / 4 / PARTS);
@@ -223,7 +217,7 @@ pub(crate) fn solve<F: Float, N: Size>(
         cols,
         bp.ahead,
     );
-    gather(&tile, exchange, at.place, 0usize, TILE_ROWS, comptime!(step * cols))
+    gather(&tile, exchange, at.place, 0usize, TILE_ROWS, bp)
 }
 
 /// S <- gamma S + Kd^T N, a few keys at a time; each unit updates the keys that it alone owns.

@@ -99,9 +99,7 @@ fn replay<F: Float, N: Size>(
         let here = usize::min(steps - step0, bp.chunk);
         let record = (id * heads as usize + at.head) * comptime!(bp.record_vectors());
         sync_cube();
-        let units = comptime!(bp.scan_units());
-        let near =
-            touch(scratch_scalars, record + comptime!(bp.kd_at()), comptime!(bp.p_at() - bp.kd_at()), units);
+        let near = touch(scratch_scalars, record, comptime!(bp.kd_at()..bp.p_at()), bp);
         keep_state(scratch, record + comptime!(bp.state_at()), state, at, bp);
         let mut acc = zeros(TILE_ROWS);
         let r = solve(
@@ -116,7 +114,7 @@ fn replay<F: Float, N: Size>(
         let mut near = 0.0f32;
         if step0 + bp.chunk < steps {
             let next = record + heads as usize * comptime!(bp.record_vectors());
-            near = touch(scratch_scalars, next, comptime!(bp.kd_at()), units);
+            near = touch(scratch_scalars, next, comptime!(0..bp.kd_at()), bp);
         }
         sync_cube();
         write_state(scratch, scratch_scalars, record, state, rows, at, bp);
@@ -147,14 +145,13 @@ fn unwind<F: Float, N: Size>(
     let n_h = comptime!(bp.spec.micro_steps);
     let chunk = comptime!(bp.chunk);
     let cols = comptime!(bp.tile_cols());
-    let tiles = comptime!(bp.tile_rows() * bp.tile_cols());
     let reads = comptime!(bp.reads());
     let padded = comptime!(bp.padded_key_dim());
     let width = comptime!(bp.spec.value_dim);
     let steps = seq.tokens * n_h;
     let chunks = (steps + chunk - 1) / chunk;
     let (ty, tx, part) = (at.place.ty, at.place.tx, at.place.part);
-    let row = 4 * ty + part;
+    let row = TILE_ROWS * ty + part;
     for done in 0..chunks {
         let c = chunks - 1 - done;
         let step0 = c * chunk;
@@ -164,8 +161,7 @@ fn unwind<F: Float, N: Size>(
         let record = ((seq.first_chunk + c) * heads as usize + at.head) * comptime!(bp.record_vectors());
 
         sync_cube();
-        let units = comptime!(bp.scan_units());
-        let near = touch(scratch_scalars, record, comptime!(bp.kd_at()), units);
+        let near = touch(scratch_scalars, record, comptime!(0..bp.kd_at()), bp);
         keep_state(scratch, record + comptime!(bp.d_state_at()), d_state, at, bp);
         // dO lies where sums are exchanged, and is put there once more when it is needed again.
         let from = d_o_at.at(seq.row, seq.start + first_read + row, at.hv);
@@ -195,19 +191,14 @@ fn unwind<F: Float, N: Size>(
             cols,
         );
         sync_cube();
-        let d_n = gather(&tile, exchange, at.place, 0usize, TILE_ROWS, tiles);
+        let d_n = gather(&tile, exchange, at.place, 0usize, TILE_ROWS, bp);
         arrived(near, rows, UNIT_POS as usize);
         let beta = scratch_scalars[4 * (record + comptime!(bp.factors_at())) + row];
         rows[row * cols + tx] = d_n * F4::new(beta);
         let mut near = 0.0f32;
         if c > 0 {
             let next = record - heads as usize * comptime!(bp.record_vectors());
-            near = touch(
-                scratch_scalars,
-                next + comptime!(bp.kd_at()),
-                comptime!(bp.factors_at() - bp.kd_at()),
-                units,
-            );
+            near = touch(scratch_scalars, next, comptime!(bp.kd_at()..bp.factors_at()), bp);
         }
         sync_cube();
 
@@ -227,7 +218,7 @@ fn unwind<F: Float, N: Size>(
             chunk,
             cols,
         );
-        let d_v = gather(&tile, exchange, at.place, 0usize, TILE_ROWS, tiles);
+        let d_v = gather(&tile, exchange, at.place, 0usize, TILE_ROWS, bp);
         rows[row * cols + tx] = F4::new(-1.0f32) * d_v;
         scratch[record + comptime!(bp.dv_at()) + row * comptime!(bp.row4()) + at.channel / 4] = d_v;
         if row < here {

@@ -8,9 +8,11 @@
 //! Where a product has fewer tiles than there are units, [`PARTS`] units share a tile, each with its part of the
 //! depth, and [`gather`] adds up.
 
+use std::ops::Range;
+
 use cubecl::prelude::*;
 
-use super::blueprint::PARTS;
+use super::blueprint::{Blueprint, PARTS};
 use crate::record::F4;
 
 /// Left vectors of the transposed product that are asked for before the first is used: they come from afar.
@@ -33,7 +35,7 @@ pub(crate) fn place(u: usize, #[comptime] rows: usize, #[comptime] cols: usize) 
     Place { ty: tile / cols, tx: tile % cols, part: u / comptime!(rows * cols) }
 }
 
-/// How many of `fours` rounds ask together for their left vectors, of which there are then at most `ahead`.
+/// How many of `fours` rounds ask together for their left vectors: at least one, and no more than make `ahead`.
 fn together(rows: usize, fours: usize, ahead: usize) -> usize {
     (1..=(ahead / rows).max(1)).rev().find(|&n| fours.is_multiple_of(n)).unwrap_or(1)
 }
@@ -145,8 +147,9 @@ pub(crate) fn gather(
     place: Place,
     #[comptime] first: usize,
     #[comptime] rows: usize,
-    #[comptime] tiles: usize,
+    #[comptime] bp: Blueprint,
 ) -> F4 {
+    let tiles = comptime!(bp.tile_rows() * bp.tile_cols());
     let tile = UNIT_POS as usize % tiles;
     let mut sum = acc[first];
     #[unroll]
@@ -173,16 +176,18 @@ pub(crate) fn gather(
 /// Four-vectors in what a cache fetches at a time, 32 bytes.
 const SECTOR: usize = 2;
 
-/// Asks for `count` vectors from `at` on, so that they are near when they are wanted. What comes back must be given to
+/// Asks for some vectors of a record, so that they are near when they are wanted. What comes back must be given to
 /// [`arrived`].
 #[cube]
 pub(crate) fn touch(
     scalars: &Array<f32>,
-    at: usize,
-    #[comptime] count: usize,
-    #[comptime] units: usize,
+    record: usize,
+    #[comptime] vectors: Range<usize>,
+    #[comptime] bp: Blueprint,
 ) -> f32 {
-    let sectors = comptime!(count / SECTOR);
+    let at = record + comptime!(vectors.start);
+    let sectors = comptime!(vectors.len() / SECTOR);
+    let units = comptime!(bp.scan_units());
     let mut any = 0.0f32;
     #[unroll]
     for n in 0..comptime!(sectors.div_ceil(units)) {
@@ -223,6 +228,6 @@ fn clamp_row(row: usize, #[comptime] covered: usize, #[comptime] height: usize) 
 /// `n`, which the compiler does not know: a loop of that length is not unrolled, and loads of later rounds do not take
 /// registers in this one.
 #[cube]
-pub(crate) fn rolled(#[comptime] n: usize) -> usize {
+fn rolled(#[comptime] n: usize) -> usize {
     if comptime!(n > 1) { usize::min(CUBE_COUNT, 1usize) * n } else { n.runtime() }
 }
