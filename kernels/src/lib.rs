@@ -10,7 +10,7 @@
 //! scan      N = T (V - Kg S)      O = Qg S + P N      S <- gamma S + Kd^T N
 //! ```
 //!
-//! The backward is portable only: `prepare` again, `sweep` for the states forwards and their gradient backwards,
+//! The backward, in both: `prepare` again, `sweep` for the states forwards and their gradient backwards,
 //! `gradients` for what each chunk's rows get, `collect` for what several heads or chunks have a share in.
 //!
 //! `portable` prepares with one launch and scans with another; its decays are running products of factors in

@@ -47,7 +47,7 @@ use crate::record::{StateStrides, Strides};
 use blueprint::GROUP_UNITS;
 use channel::{gram_by_channel, read_channel_gates};
 use chunk::{Target, finish, new_leaves};
-use gates::read_gates;
+use gates::{read_gates, share, shared};
 use gram::multiply_keys;
 use scan::scan_chunk;
 use stage::{
@@ -120,6 +120,7 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     let mut tile = Tile::<F>::new_aligned(comptime!(bp.prepare_memory()), 128usize);
     let mut factors = new_factors(1usize, bp);
     let mut leaves = new_leaves();
+    let mut raws = SharedMemory::<f32>::new(2 * CHUNK);
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
     let unit = UNIT_POS_X as usize;
     let lane = unit % 32;
@@ -130,13 +131,17 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     if fetches {
         send_for_keys::<F>(&mut parcel, q, k, &strides, &place, c, unit, bp);
     }
-    let raw = read_gates(beta, g, &beta_at, &g_at, &place, c, lane, bp);
+    let raw = read_gates(beta, g, &beta_at, &g_at, &place, c, block == 0, lane, bp);
     let raw_channels = read_channel_gates(g, &g_at, &place, c, unit, bp);
     if fetches {
         put_rows::<F>(&parcel, &mut tile, 0usize, unit, comptime!(key_rows(bp)));
         put_rows::<F>(&parcel, &mut tile, 0usize, unit, comptime!(query_rows(bp)));
     }
+    if block == 0 {
+        share(&raw, &mut raws, lane, bp);
+    }
     sync_cube();
+    let raw = shared(&raws, lane, bp);
     let to = Target { blocks: comptime!(bp.blocks_at()).runtime(), factors: 0usize };
     if comptime!(bp.by_channel()) {
         let products = gram_by_channel::<F>(
@@ -317,7 +322,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
         let mut parcel = new_parcel::<F>(bp);
         send_for::<F>(&mut parcel, q, k, v, records, record_factors, &strides, &place, group, unit, bp);
         put::<F>(&parcel, &mut tile, &mut factors, group * stage, group * chunk_factors, unit, bp);
-        let mut raw = read_gates(beta, g, &beta_at, &g_at, &place, group, lane, bp);
+        let mut raw = read_gates(beta, g, &beta_at, &g_at, &place, group, true, lane, bp);
         sync_cube();
         if group > 0 {
             sync_cube();
@@ -328,7 +333,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
             let mut parcel = new_parcel::<F>(bp);
             let after = next + groups;
             send_for::<F>(&mut parcel, q, k, v, records, record_factors, &strides, &place, after, unit, bp);
-            let later = read_gates(beta, g, &beta_at, &g_at, &place, after, lane, bp);
+            let later = read_gates(beta, g, &beta_at, &g_at, &place, after, true, lane, bp);
             if next > groups {
                 let c = next - groups - 1;
                 store_outputs::<F>(&tile, outputs + c % 2 * chunk_outputs, o, &o_at, &place, c, unit, bp);
