@@ -46,6 +46,12 @@ pub(crate) fn read_gates<B: Float, G: Float>(
     raw
 }
 
+/// Room for what [`share`] leaves.
+#[cube]
+pub(crate) fn new_shared() -> SharedMemory<f32> {
+    SharedMemory::<f32>::new(2 * CHUNK)
+}
+
 /// Leaves them for the other planes of the cube.
 #[cube]
 pub(crate) fn share(raw: &Raw, to: &mut SharedMemory<f32>, lane: usize, #[comptime] bp: Blueprint) {

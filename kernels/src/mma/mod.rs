@@ -47,7 +47,7 @@ use crate::record::{StateStrides, Strides};
 use blueprint::GROUP_UNITS;
 use channel::{gram_by_channel, read_channel_gates};
 use chunk::{Target, finish, new_leaves};
-use gates::{read_gates, share, shared};
+use gates::{new_shared, read_gates, share, shared};
 use gram::multiply_keys;
 use scan::scan_chunk;
 use stage::{
@@ -120,7 +120,7 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     let mut tile = Tile::<F>::new_aligned(comptime!(bp.prepare_memory()), 128usize);
     let mut factors = new_factors(1usize, bp);
     let mut leaves = new_leaves();
-    let mut raws = SharedMemory::<f32>::new(2 * CHUNK);
+    let mut raws = new_shared();
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
     let unit = UNIT_POS_X as usize;
     let lane = unit % 32;

@@ -43,6 +43,12 @@ impl Fetched {
     }
 }
 
+/// Where vector `z` of a slice lies in shared memory.
+#[cube]
+fn slot(z: usize) -> usize {
+    z / SLICE4 * SLICE_LD + z % SLICE4
+}
+
 /// A vector of a row of value channels, zero behind the last.
 #[cube]
 fn load_channels(scratch: &Array<F4>, row_at: usize, channel: usize, #[comptime] bp: Blueprint) -> F4 {
@@ -92,7 +98,7 @@ fn put_rows(from: &Fetched, rows: &mut Rows, #[comptime] bp: Blueprint) {
     #[unroll]
     for n in 0..comptime!(bp.row_vectors()) {
         let z = UNIT_POS as usize + n * bp.prepare_units();
-        let to = z / SLICE4 * SLICE_LD + z % SLICE4;
+        let to = slot(z);
         rows.a[to] = from.r[n];
         rows.b[to] = from.dv[n];
         rows.c[to] = from.d_o[n];
@@ -215,7 +221,7 @@ pub(crate) fn through_states<F: Float, N: Size>(
         #[unroll]
         for n in 0..vectors {
             let z = unit + n * bp.prepare_units();
-            let to = z / SLICE4 * SLICE_LD + z % SLICE4;
+            let to = slot(z);
             s[to] = fetched.before[n];
             ds[to] = fetched.after[n];
             products[n] = dot(fetched.before[n], fetched.after[n], products[n]);
@@ -247,7 +253,7 @@ pub(crate) fn through_states<F: Float, N: Size>(
     #[unroll]
     for n in 0..vectors {
         let z = unit + n * bp.prepare_units();
-        s[z / SLICE4 * SLICE_LD + z % SLICE4] = F4::new(products[n]);
+        s[slot(z)] = F4::new(products[n]);
     }
     sync_cube();
     if unit < SLICE {
