@@ -131,17 +131,18 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     if fetches {
         send_for_keys::<F>(&mut parcel, q, k, &strides, &place, c, unit, bp);
     }
-    let raw = read_gates(beta, g, &beta_at, &g_at, &place, c, block == 0, lane, bp);
+    // One plane reads for all of them, if it is not the gates of channels that count.
+    let here = comptime!(bp.by_channel()) || block == 0;
+    let raw = read_gates(beta, g, &beta_at, &g_at, &place, c, here, lane, bp);
     let raw_channels = read_channel_gates(g, &g_at, &place, c, unit, bp);
     if fetches {
         put_rows::<F>(&parcel, &mut tile, 0usize, unit, comptime!(key_rows(bp)));
         put_rows::<F>(&parcel, &mut tile, 0usize, unit, comptime!(query_rows(bp)));
     }
-    if block == 0 {
+    if comptime!(!bp.by_channel()) && block == 0 {
         share(&raw, &mut raws, lane, bp);
     }
     sync_cube();
-    let raw = shared(&raws, lane, bp);
     let to = Target { blocks: comptime!(bp.blocks_at()).runtime(), factors: 0usize };
     if comptime!(bp.by_channel()) {
         let products = gram_by_channel::<F>(
@@ -176,6 +177,7 @@ pub fn prepare<F: Float, B: Float, G: Float>(
             bp,
         );
     } else {
+        let raw = shared(&raws, lane, bp);
         let products = multiply_keys::<F>(&mma, &tile, 0usize, block, lane, bp);
         finish::<F>(
             &mma,
