@@ -131,21 +131,25 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     if fetches {
         send_for_keys::<F>(&mut parcel, q, k, &strides, &place, c, unit, bp);
     }
-    // One plane reads for all of them, if it is not the gates of channels that count.
-    let here = comptime!(bp.by_channel()) || block == 0;
+    // One plane reads for all of them. Beside gates per channel the registers are dearer than the reads.
+    let shares = comptime!(!bp.by_channel());
+    let here = comptime!(!shares) || block == 0;
     let raw = read_gates(beta, g, &beta_at, &g_at, &place, c, here, lane, bp);
     let raw_channels = read_channel_gates(g, &g_at, &place, c, unit, bp);
     if fetches {
         put_rows::<F>(&parcel, &mut tile, 0usize, unit, comptime!(key_rows(bp)));
         put_rows::<F>(&parcel, &mut tile, 0usize, unit, comptime!(query_rows(bp)));
     }
-    if comptime!(!bp.by_channel()) && block == 0 {
+    if comptime!(shares) && block == 0 {
         share(&raw, &mut raws, lane, bp);
     }
     sync_cube();
     let to = Target { blocks: comptime!(bp.blocks_at()).runtime(), factors: 0usize };
-    if comptime!(bp.by_channel()) {
-        let products = gram_by_channel::<F>(
+    let raw = if comptime!(shares) { shared(&raws, lane, bp) } else { raw };
+    let products = if comptime!(shares) {
+        multiply_keys::<F>(&mma, &tile, 0usize, block, lane, bp)
+    } else {
+        gram_by_channel::<F>(
             &mma,
             &mut tile,
             &mut factors,
@@ -157,47 +161,26 @@ pub fn prepare<F: Float, B: Float, G: Float>(
             c,
             unit,
             bp,
-        );
-        finish::<F>(
-            &mma,
-            &mut tile,
-            &mut factors,
-            &mut leaves,
-            &products,
-            &raw,
-            a_log,
-            dt_bias,
-            lower_bound,
-            scale,
-            &place,
-            c,
-            to,
-            block,
-            lane,
-            bp,
-        );
-    } else {
-        let raw = shared(&raws, lane, bp);
-        let products = multiply_keys::<F>(&mma, &tile, 0usize, block, lane, bp);
-        finish::<F>(
-            &mma,
-            &mut tile,
-            &mut factors,
-            &mut leaves,
-            &products,
-            &raw,
-            a_log,
-            dt_bias,
-            lower_bound,
-            scale,
-            &place,
-            c,
-            to,
-            block,
-            lane,
-            bp,
-        );
-    }
+        )
+    };
+    finish::<F>(
+        &mma,
+        &mut tile,
+        &mut factors,
+        &mut leaves,
+        &products,
+        &raw,
+        a_log,
+        dt_bias,
+        lower_bound,
+        scale,
+        &place,
+        c,
+        to,
+        block,
+        lane,
+        bp,
+    );
     sync_cube();
     if fetches {
         let mut at = cube as usize * comptime!(bp.record().0);
