@@ -7,7 +7,9 @@ use delta_rule::{
     StateLayout, chunk,
 };
 use proptest::prelude::*;
-use sample::{MILD, NEGATIVE, RULES, Rng, Sample, Style, Upstream, assert_gradients_close, shape};
+use sample::{
+    MILD, NEGATIVE, RULES, Rng, Sample, Style, Upstream, assert_gradients_close, shape, small_problem,
+};
 
 fn check(what: &str, sample: &Sample, options: &Options, tolerance: f64) {
     let upstream = Upstream::new(&sample.problem, 77);
@@ -36,9 +38,7 @@ proptest! {
         gate in prop::sample::select(vec![0.0, 0.1, 5.0, 50.0]), beta in prop::sample::select(vec![1.0, 2.0]),
         state: bool, seed in 0u64..1000,
     ) {
-        // Where a state is a single number it may all but cancel: there it takes many for errors to be relative to.
-        let batch = if dims == [1, 1] { 64 } else { 2 };
-        let problem = Problem::new(RULES[rule], shape(batch, tokens, [1, group], dims)).unwrap();
+        let problem = small_problem(RULES[rule], tokens, group, dims);
         let style = Style { beta: [0.0, beta], gate, identical_keys: false, state };
         let options = Options::new().with_chunk_size(chunk_size);
         check("any problem", &Sample::new(problem, style, seed), &options, 1e-4);
