@@ -79,6 +79,11 @@ fn kernels_are_right_without_a_gpu() {
         let what = format!("{rule:?}, many heads");
         run_in_both_orders(&what, &mut sample, &Options::new(), NEGATIVE_ERROR);
 
+        // Above 64 key channels tiles of states come two ahead; V is an odd number of them.
+        let problem = Problem::new(rule, shape(1, 70, [1, 1], [80, 48])).unwrap();
+        let mut sample = Sample::new(problem, MILD, 5);
+        run(&format!("{rule:?}, K = 80, V = 48"), &mut sample, &Options::new(), MILD_ERROR);
+
         // Few heads: narrow tiles, fetched by two groups of planes in turn.
         let problem = Problem::new(rule, shape(1, 150, [1, 2], [32, 32])).unwrap();
         let problem = problem.with_cu_seqlens(&[0, 0, 1, 33, 33, 65, 150, 150]).unwrap();

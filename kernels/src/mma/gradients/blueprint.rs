@@ -122,6 +122,12 @@ impl GradientsBlueprint {
         self.spec.decay == Decay::Head
     }
 
+    /// Whether a pass reads the state and its gradient at a time: more is done while tiles are on their way, and with
+    /// gates their product costs no loads. With a norm there are sums to keep beside, more than two cubes have registers for.
+    pub(crate) fn reads_states_together(&self) -> bool {
+        !self.spec.qk_l2norm
+    }
+
     /// Whether pair (i, j) of a read and a micro-step is there; inside tokens, whether one may have both.
     pub(crate) fn has_read(&self, i: usize, j: usize, within: bool) -> bool {
         let n = self.spec.micro_steps;

@@ -14,7 +14,7 @@ use super::ends::{
 };
 use super::here::{HERE_WORDS, Here};
 use super::pairs::{Reads, add_from_behind, add_from_keys, leave_pairs};
-use super::states::{Column, multiply_states, read_d_state, read_state};
+use super::states::{Column, Reading, leave_product, multiply_states, read_states};
 use super::sums::{Sums, along, rows_of, which};
 use crate::record::Strides;
 
@@ -74,7 +74,11 @@ pub(crate) fn gradients_by_head<F: Float, B: Float, G: Float>(
     leave_pairs::<F>(&mma, &mut tile, &floats, reads, scale, plane, lane, bp);
 
     let column = Column::new(here.head_of(here.kept), value_steps, own, bp);
-    multiply_states::<F>(&mut floats, states, d_states, column, own, bp);
+    let together = comptime!(bp.reads_states_together());
+    if comptime!(!together && bp.splits_pairs()) {
+        let product = multiply_states::<F>(states, d_states, column, bp);
+        leave_product(&mut floats, product, own);
+    }
     let mut sums = Sums::new();
     let mut more_sums = Sums::new();
     #[unroll]
@@ -82,15 +86,26 @@ pub(crate) fn gradients_by_head<F: Float, B: Float, G: Float>(
         let rows = comptime!(bp.steps_of(pass));
         let mut dq = zeros(comptime!(2 * bp.reads_of(pass).tiles));
         let mut e = zeros(comptime!(2 * rows.tiles));
-        read_state::<F>(&mma, &tile, states, column, &mut dq, &mut e, own, pass, bp);
+        let mut h = zeros(comptime!(2 * rows.tiles));
+        let reading = comptime!(if together { Reading::both(bp) } else { Reading::STATES });
+        let product = read_states::<F>(
+            &mma, &tile, states, d_states, column, &mut dq, &mut e, &mut h, own, reading, pass, bp,
+        );
+        if comptime!(reading.multiplies(pass, bp)) {
+            leave_product(&mut floats, product, own);
+        }
         scale_rows(&mut dq, &floats, READ_FACTORS_AT, lane, bp.reads_of(pass));
         scale_rows(&mut e, &floats, E_FACTORS_AT, lane, rows);
         // All pairs have left their blocks, and nothing reads dO and dV of this pass any more, nor R of the one before.
         sync_cube();
         add_from_keys::<F>(&mma, &tile, &mut dq, &mut e, own, bp.reads_of(pass), rows, false, bp);
         finish_queries::<F>(&mma, &mut tile, &mut dq, &mut sums, &mut more_sums, own, pass, bp);
-        let mut h = zeros(comptime!(2 * rows.tiles));
-        read_d_state::<F>(&mma, &tile, d_states, column, &mut h, own, pass, bp);
+        if comptime!(!together) {
+            let reading = comptime!(Reading::D_STATES);
+            read_states::<F>(
+                &mma, &tile, states, d_states, column, &mut dq, &mut e, &mut h, own, reading, pass, bp,
+            );
+        }
         scale_rows(&mut h, &floats, H_FACTORS_AT, lane, rows);
         finish_keys::<F>(&mma, &mut tile, &floats, &mut e, &mut h, &mut sums, &mut more_sums, own, pass, bp);
     }

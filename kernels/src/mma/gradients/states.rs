@@ -10,6 +10,8 @@ use super::super::tile::{Acc, Frag, Mma, Tile, V2, V8, load, mma2, to_frag, unpa
 use super::Own;
 use super::blueprint::{GradientsBlueprint, PRODUCTS_AT, Span};
 
+type V4 = Const<4>;
+
 /// A plane's part of a state: value tile by value tile.
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Column {
@@ -27,15 +29,16 @@ impl Column {
         Column { first: tiles * BLOCK_UNITS + own.lane, steps }
     }
 
-    /// The tile of value step `step`, or of the last one.
+    /// The tile of value step `step`, or of the last one. As words: halves of them, kept from step to step, the compiler
+    /// would take apart and put together again.
     fn tile<F: Float>(
         &self,
         state: &Array<Vector<F, V8>>,
         step: u32,
         #[comptime] bp: GradientsBlueprint,
-    ) -> Vector<F, V8> {
+    ) -> Vector<u32, V4> {
         let step = u32::min(step, self.steps - 1) * comptime!((bp.planes() * BLOCK_UNITS) as u32);
-        state[self.first + step as usize]
+        Vector::reinterpret(state[self.first + step as usize])
     }
 }
 
@@ -60,8 +63,8 @@ fn identity<F: Float>(lane: usize) -> Sequence<Frag<F>> {
 /// A tile of $S^T$, values by keys, as a right operand with values as depth: the product with the identity leaves
 /// keys by values in accumulators, rounded already.
 #[cube]
-fn turned<F: Float>(mma: &Mma<F>, identity: &Sequence<Frag<F>>, x: Vector<F, V8>) -> Frag<F> {
-    let stored = unpack::<F>(x);
+fn turned<F: Float>(mma: &Mma<F>, identity: &Sequence<Frag<F>>, x: Vector<u32, V4>) -> Frag<F> {
+    let stored = unpack::<F>(Vector::reinterpret(x));
     let mut right = Frag::<F>::new(4usize);
     right[0] = stored[0];
     right[1] = stored[2];
@@ -78,78 +81,132 @@ fn turned<F: Float>(mma: &Mma<F>, identity: &Sequence<Frag<F>>, x: Vector<F, V8>
     out
 }
 
-/// Adds dO S^T to `dq` and dV S^T to `e`.
-#[cube]
-pub(crate) fn read_state<F: Float>(
-    mma: &Mma<F>,
-    tile: &Tile<F>,
-    states: &Array<Vector<F, V8>>,
-    from: Column,
-    dq: &mut Sequence<Acc>,
-    e: &mut Sequence<Acc>,
-    own: Own,
-    #[comptime] pass: usize,
-    #[comptime] bp: GradientsBlueprint,
-) {
-    let identity = identity::<F>(own.lane);
-    let mut next = from.tile::<F>(states, 0u32, bp);
-    for step in 0..from.steps {
-        let right = turned::<F>(mma, &identity, next);
-        next = from.tile::<F>(states, step + 1, bp);
-        sync_plane();
-        let rows = own.value_rows + 2 * step as usize;
-        add_product::<F>(mma, tile, dq, rows + comptime!(bp.d_o_at()), &right, bp.reads_of(pass), bp);
-        add_product::<F>(mma, tile, e, rows + comptime!(bp.dv_at()), &right, bp.steps_of(pass), bp);
+/// What [`read_states`] reads, and how many tiles are asked for before they are needed: device memory answers late, but
+/// each takes registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Reading {
+    /// Of S; none if only dS is read.
+    ahead: usize,
+    /// Of dS.
+    d_ahead: usize,
+}
+
+impl Reading {
+    pub(crate) const STATES: Self = Self { ahead: 1, d_ahead: 0 };
+    pub(crate) const D_STATES: Self = Self { ahead: 0, d_ahead: 1 };
+
+    /// S and dS at a time, as far ahead as two cubes have registers for.
+    pub(crate) fn both(bp: GradientsBlueprint) -> Self {
+        let ahead = if bp.spec.key_dim <= 64 { 1 } else { 2 };
+        Self { ahead, d_ahead: if bp.splits_pairs() { 1 } else { ahead } }
+    }
+
+    /// Steps of a round: after as many, tiles lie in the same registers again.
+    fn round(self) -> usize {
+        self.ahead.max(self.d_ahead)
+    }
+
+    /// Whether the product of S and dS is found on the way.
+    pub(crate) fn multiplies(self, pass: usize, bp: GradientsBlueprint) -> bool {
+        self.ahead > 0 && self.d_ahead > 0 && pass == 0 && bp.splits_pairs()
     }
 }
 
-/// Adds R dS^T to `h`.
+/// Adds dO S^T to `dq` and dV S^T to `e`, and R dS^T to `h`. The first pass over both returns this unit's share of the sum
+/// of S . dS.
 #[cube]
-pub(crate) fn read_d_state<F: Float>(
+pub(crate) fn read_states<F: Float>(
     mma: &Mma<F>,
     tile: &Tile<F>,
+    states: &Array<Vector<F, V8>>,
     d_states: &Array<Vector<F, V8>>,
     from: Column,
+    dq: &mut Sequence<Acc>,
+    e: &mut Sequence<Acc>,
     h: &mut Sequence<Acc>,
     own: Own,
+    #[comptime] reading: Reading,
     #[comptime] pass: usize,
     #[comptime] bp: GradientsBlueprint,
-) {
+) -> f32 {
     let identity = identity::<F>(own.lane);
-    let mut next = from.tile::<F>(d_states, 0u32, bp);
-    for step in 0..from.steps {
-        let right = turned::<F>(mma, &identity, next);
-        next = from.tile::<F>(d_states, step + 1, bp);
-        sync_plane();
-        let rows = own.value_rows + 2 * step as usize;
-        add_product::<F>(mma, tile, h, rows + comptime!(bp.r_at()), &right, bp.steps_of(pass), bp);
+    let mut product = 0.0f32;
+    let mut next = Array::<Vector<u32, V4>>::new(comptime!(reading.ahead.max(1)));
+    let mut d_next = Array::<Vector<u32, V4>>::new(comptime!(reading.d_ahead.max(1)));
+    #[unroll]
+    for i in 0..comptime!(reading.ahead) {
+        next[i] = from.tile::<F>(states, comptime!(i as u32).runtime(), bp);
     }
+    #[unroll]
+    for i in 0..comptime!(reading.d_ahead) {
+        d_next[i] = from.tile::<F>(d_states, comptime!(i as u32).runtime(), bp);
+    }
+    let round_steps = comptime!(reading.round() as u32);
+    for round in 0..from.steps.div_ceil(round_steps) {
+        #[unroll]
+        for i in 0..comptime!(reading.round()) {
+            let step = round * round_steps + comptime!(i as u32);
+            if comptime!(reading.round() == 1) || step < from.steps {
+                let rows = own.value_rows + 2 * step as usize;
+                if comptime!(reading.multiplies(pass, bp)) {
+                    product += dot::<F>(next[i], d_next[comptime!(i % reading.d_ahead)]);
+                }
+                if comptime!(reading.ahead > 0) {
+                    let right = turned::<F>(mma, &identity, next[i]);
+                    next[i] = from.tile::<F>(states, step + comptime!(reading.ahead as u32), bp);
+                    sync_plane();
+                    let reads = comptime!(bp.reads_of(pass));
+                    add_product::<F>(mma, tile, dq, rows + comptime!(bp.d_o_at()), &right, reads, bp);
+                    let steps = comptime!(bp.steps_of(pass));
+                    add_product::<F>(mma, tile, e, rows + comptime!(bp.dv_at()), &right, steps, bp);
+                }
+                if comptime!(reading.d_ahead > 0) {
+                    let at = comptime!(i % reading.d_ahead);
+                    let right = turned::<F>(mma, &identity, d_next[at]);
+                    d_next[at] = from.tile::<F>(d_states, step + comptime!(reading.d_ahead as u32), bp);
+                    sync_plane();
+                    let steps = comptime!(bp.steps_of(pass));
+                    add_product::<F>(mma, tile, h, rows + comptime!(bp.r_at()), &right, steps, bp);
+                }
+            }
+        }
+    }
+    product
+}
+
+/// This unit's share of the sum of S . dS.
+#[cube]
+pub(crate) fn multiply_states<F: Float>(
+    states: &Array<Vector<F, V8>>,
+    d_states: &Array<Vector<F, V8>>,
+    from: Column,
+    #[comptime] bp: GradientsBlueprint,
+) -> f32 {
+    let mut sum = 0.0f32;
+    for step in 0..from.steps {
+        sum += dot::<F>(from.tile::<F>(states, step, bp), from.tile::<F>(d_states, step, bp));
+    }
+    sum
+}
+
+#[cube]
+fn dot<F: Float>(x: Vector<u32, V4>, y: Vector<u32, V4>) -> f32 {
+    let x = Vector::<f32, V8>::cast_from(Vector::<F, V8>::reinterpret(x));
+    let y = Vector::<f32, V8>::cast_from(Vector::<F, V8>::reinterpret(y));
+    let mut sum = 0.0f32;
+    #[unroll]
+    for i in 0..8usize {
+        sum = fma(x[i], y[i], sum);
+    }
+    sum
 }
 
 /// Leaves the plane's share of the sum of S . dS.
 #[cube]
-pub(crate) fn multiply_states<F: Float>(
-    floats: &mut SharedMemory<f32>,
-    states: &Array<Vector<F, V8>>,
-    d_states: &Array<Vector<F, V8>>,
-    from: Column,
-    own: Own,
-    #[comptime] bp: GradientsBlueprint,
-) {
-    if comptime!(bp.splits_pairs()) {
-        let mut sum = 0.0f32;
-        for step in 0..from.steps {
-            let x = Vector::<f32, V8>::cast_from(from.tile::<F>(states, step, bp));
-            let y = Vector::<f32, V8>::cast_from(from.tile::<F>(d_states, step, bp));
-            #[unroll]
-            for i in 0..8usize {
-                sum = fma(x[i], y[i], sum);
-            }
-        }
-        let sum = plane_sum(sum);
-        if own.lane == 0 {
-            floats[PRODUCTS_AT + own.plane] = sum;
-        }
+pub(crate) fn leave_product(floats: &mut SharedMemory<f32>, product: f32, own: Own) {
+    let sum = plane_sum(product);
+    if own.lane == 0 {
+        floats[PRODUCTS_AT + own.plane] = sum;
     }
 }
 
@@ -173,8 +230,9 @@ pub(crate) fn multiply_channels<F: Float>(
     let first = half as u32;
     for i in 0..(from.steps - first).div_ceil(2u32) {
         let step = 2 * i + first;
-        let x = Vector::<f32, V8>::cast_from(from.tile::<F>(states, step, bp));
-        let y = Vector::<f32, V8>::cast_from(from.tile::<F>(d_states, step, bp));
+        let x = Vector::<f32, V8>::cast_from(Vector::<F, V8>::reinterpret(from.tile::<F>(states, step, bp)));
+        let y =
+            Vector::<f32, V8>::cast_from(Vector::<F, V8>::reinterpret(from.tile::<F>(d_states, step, bp)));
         #[unroll]
         for c in 0..4usize {
             let at = comptime!(c / 2 * 4 + c % 2);

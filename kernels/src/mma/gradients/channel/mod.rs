@@ -21,11 +21,11 @@ use cubecl::prelude::*;
 
 use super::super::blueprint::TILE;
 use super::super::tile::{Mma, Tile, V8, by_depth, zeros};
+use super::Own;
 use super::blueprint::{DIAGONAL, GradientsBlueprint, TILES};
 use super::copy::load_block;
 use super::here::{HERE_WORDS, Here};
-use super::states::{Column, read_d_state, read_state};
-use super::{Own, states};
+use super::states::{Column, Reading, multiply_channels, read_states};
 use crate::record::Strides;
 use between::{add_from_behind, add_from_keys, carry_to_tiles, leave_pairs, leave_sums};
 use ends::{gradient_of_beta, leave_constants};
@@ -108,9 +108,25 @@ pub(crate) fn gradients_by_channel<F: Float, B: Float, G: Float>(
     let mut through = zeros(TILES);
     if half < 2 {
         let column = Column::new(here.head_of(here.kept), value_steps, own, bp);
-        states::multiply_channels::<F>(&mut floats, states, d_states, column, own, half, bp);
-        read_d_state::<F>(&mma, &tile, d_states, column, &mut through, own, 0usize, bp);
-        read_state::<F>(&mma, &tile, states, column, &mut dq, &mut less_e, own, 0usize, bp);
+        multiply_channels::<F>(&mut floats, states, d_states, column, own, half, bp);
+        #[unroll]
+        for which in 0..2usize {
+            let reading = comptime!(if which == 0 { Reading::D_STATES } else { Reading::STATES });
+            read_states::<F>(
+                &mma,
+                &tile,
+                states,
+                d_states,
+                column,
+                &mut dq,
+                &mut less_e,
+                &mut through,
+                own,
+                reading,
+                0usize,
+                bp,
+            );
+        }
         #[unroll]
         for side in 0..2usize {
             if half == side {
