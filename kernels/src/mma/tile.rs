@@ -12,6 +12,8 @@ use cubecl::prelude::*;
 pub(crate) type V2 = Const<2>;
 /// The 16 bytes that move between memories.
 pub(crate) type V8 = Const<8>;
+/// The same 16 bytes as floats or words.
+pub(crate) type V4 = Const<4>;
 /// 16 x 8 sums.
 pub(crate) type Acc = Array<Vector<f32, V2>>;
 /// A 16 x 16 operand, or two 8 x 16 right operands.

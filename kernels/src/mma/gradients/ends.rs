@@ -169,7 +169,7 @@ fn norms_of<F: Float>(
 }
 
 #[cube]
-fn dot8<F: Float>(x: Vector<F, V8>, y: Vector<F, V8>) -> f32 {
+pub(crate) fn dot8<F: Float>(x: Vector<F, V8>, y: Vector<F, V8>) -> f32 {
     let x = Vector::<f32, V8>::cast_from(x);
     let y = Vector::<f32, V8>::cast_from(y);
     let mut sum = 0.0f32;

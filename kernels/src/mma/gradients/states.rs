@@ -6,11 +6,10 @@
 use cubecl::prelude::*;
 
 use super::super::blueprint::{BLOCK_UNITS, TILE};
-use super::super::tile::{Acc, Frag, Mma, Tile, V2, V8, load, mma2, to_frag, unpack, zeros};
+use super::super::tile::{Acc, Frag, Mma, Tile, V2, V4, V8, load, mma2, to_frag, unpack, zeros};
 use super::Own;
 use super::blueprint::{GradientsBlueprint, PRODUCTS_AT, Span};
-
-type V4 = Const<4>;
+use super::ends::dot8;
 
 /// A plane's part of a state: value tile by value tile.
 #[derive(CubeType, Clone, Copy)]
@@ -29,16 +28,25 @@ impl Column {
         Column { first: tiles * BLOCK_UNITS + own.lane, steps }
     }
 
-    /// The tile of value step `step`, or of the last one. As words: halves of them, kept from step to step, the compiler
-    /// would take apart and put together again.
+    /// The tile of value step `step`, or of the last one.
     fn tile<F: Float>(
         &self,
         state: &Array<Vector<F, V8>>,
         step: u32,
         #[comptime] bp: GradientsBlueprint,
-    ) -> Vector<u32, V4> {
+    ) -> Vector<F, V8> {
         let step = u32::min(step, self.steps - 1) * comptime!((bp.planes() * BLOCK_UNITS) as u32);
-        Vector::reinterpret(state[self.first + step as usize])
+        state[self.first + step as usize]
+    }
+
+    /// The same as words, to keep: halves of them the compiler would take apart and put together at every step.
+    fn words<F: Float>(
+        &self,
+        state: &Array<Vector<F, V8>>,
+        step: u32,
+        #[comptime] bp: GradientsBlueprint,
+    ) -> Vector<u32, V4> {
+        Vector::reinterpret(self.tile::<F>(state, step, bp))
     }
 }
 
@@ -63,8 +71,8 @@ fn identity<F: Float>(lane: usize) -> Sequence<Frag<F>> {
 /// A tile of $S^T$, values by keys, as a right operand with values as depth: the product with the identity leaves
 /// keys by values in accumulators, rounded already.
 #[cube]
-fn turned<F: Float>(mma: &Mma<F>, identity: &Sequence<Frag<F>>, x: Vector<u32, V4>) -> Frag<F> {
-    let stored = unpack::<F>(Vector::reinterpret(x));
+fn turned<F: Float>(mma: &Mma<F>, identity: &Sequence<Frag<F>>, x: Vector<F, V8>) -> Frag<F> {
+    let stored = unpack::<F>(x);
     let mut right = Frag::<F>::new(4usize);
     right[0] = stored[0];
     right[1] = stored[2];
@@ -95,7 +103,7 @@ impl Reading {
     pub(crate) const STATES: Self = Self { ahead: 1, d_ahead: 0 };
     pub(crate) const D_STATES: Self = Self { ahead: 0, d_ahead: 1 };
 
-    /// S and dS at a time, as far ahead as two cubes have registers for.
+    /// S and dS at a time, as far ahead as two cubes have registers for. Of small cubes `ptxas` gives units fewer.
     pub(crate) fn both(bp: GradientsBlueprint) -> Self {
         let ahead = if bp.spec.key_dim <= 64 { 1 } else { 2 };
         Self { ahead, d_ahead: if bp.splits_pairs() { 1 } else { ahead } }
@@ -135,11 +143,11 @@ pub(crate) fn read_states<F: Float>(
     let mut d_next = Array::<Vector<u32, V4>>::new(comptime!(reading.d_ahead.max(1)));
     #[unroll]
     for i in 0..comptime!(reading.ahead) {
-        next[i] = from.tile::<F>(states, comptime!(i as u32).runtime(), bp);
+        next[i] = from.words::<F>(states, comptime!(i as u32).runtime(), bp);
     }
     #[unroll]
     for i in 0..comptime!(reading.d_ahead) {
-        d_next[i] = from.tile::<F>(d_states, comptime!(i as u32).runtime(), bp);
+        d_next[i] = from.words::<F>(d_states, comptime!(i as u32).runtime(), bp);
     }
     let round_steps = comptime!(reading.round() as u32);
     for round in 0..from.steps.div_ceil(round_steps) {
@@ -149,11 +157,12 @@ pub(crate) fn read_states<F: Float>(
             if comptime!(reading.round() == 1) || step < from.steps {
                 let rows = own.value_rows + 2 * step as usize;
                 if comptime!(reading.multiplies(pass, bp)) {
-                    product += dot::<F>(next[i], d_next[comptime!(i % reading.d_ahead)]);
+                    let at = comptime!(i % reading.d_ahead);
+                    product += dot8::<F>(Vector::reinterpret(next[i]), Vector::reinterpret(d_next[at]));
                 }
                 if comptime!(reading.ahead > 0) {
-                    let right = turned::<F>(mma, &identity, next[i]);
-                    next[i] = from.tile::<F>(states, step + comptime!(reading.ahead as u32), bp);
+                    let right = turned::<F>(mma, &identity, Vector::reinterpret(next[i]));
+                    next[i] = from.words::<F>(states, step + comptime!(reading.ahead as u32), bp);
                     sync_plane();
                     let reads = comptime!(bp.reads_of(pass));
                     add_product::<F>(mma, tile, dq, rows + comptime!(bp.d_o_at()), &right, reads, bp);
@@ -162,8 +171,8 @@ pub(crate) fn read_states<F: Float>(
                 }
                 if comptime!(reading.d_ahead > 0) {
                     let at = comptime!(i % reading.d_ahead);
-                    let right = turned::<F>(mma, &identity, d_next[at]);
-                    d_next[at] = from.tile::<F>(d_states, step + comptime!(reading.d_ahead as u32), bp);
+                    let right = turned::<F>(mma, &identity, Vector::reinterpret(d_next[at]));
+                    d_next[at] = from.words::<F>(d_states, step + comptime!(reading.d_ahead as u32), bp);
                     sync_plane();
                     let steps = comptime!(bp.steps_of(pass));
                     add_product::<F>(mma, tile, h, rows + comptime!(bp.r_at()), &right, steps, bp);
@@ -184,19 +193,7 @@ pub(crate) fn multiply_states<F: Float>(
 ) -> f32 {
     let mut sum = 0.0f32;
     for step in 0..from.steps {
-        sum += dot::<F>(from.tile::<F>(states, step, bp), from.tile::<F>(d_states, step, bp));
-    }
-    sum
-}
-
-#[cube]
-fn dot<F: Float>(x: Vector<u32, V4>, y: Vector<u32, V4>) -> f32 {
-    let x = Vector::<f32, V8>::cast_from(Vector::<F, V8>::reinterpret(x));
-    let y = Vector::<f32, V8>::cast_from(Vector::<F, V8>::reinterpret(y));
-    let mut sum = 0.0f32;
-    #[unroll]
-    for i in 0..8usize {
-        sum = fma(x[i], y[i], sum);
+        sum += dot8::<F>(from.tile::<F>(states, step, bp), from.tile::<F>(d_states, step, bp));
     }
     sum
 }
@@ -230,9 +227,8 @@ pub(crate) fn multiply_channels<F: Float>(
     let first = half as u32;
     for i in 0..(from.steps - first).div_ceil(2u32) {
         let step = 2 * i + first;
-        let x = Vector::<f32, V8>::cast_from(Vector::<F, V8>::reinterpret(from.tile::<F>(states, step, bp)));
-        let y =
-            Vector::<f32, V8>::cast_from(Vector::<F, V8>::reinterpret(from.tile::<F>(d_states, step, bp)));
+        let x = Vector::<f32, V8>::cast_from(from.tile::<F>(states, step, bp));
+        let y = Vector::<f32, V8>::cast_from(from.tile::<F>(d_states, step, bp));
         #[unroll]
         for c in 0..4usize {
             let at = comptime!(c / 2 * 4 + c % 2);

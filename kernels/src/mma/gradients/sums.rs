@@ -7,12 +7,9 @@ use cubecl::prelude::*;
 
 use super::super::blueprint::TILE;
 use super::super::gram::over_row;
-use super::super::tile::{Acc, Frag, Mma, Tile, V2, V8, load};
+use super::super::tile::{Acc, Frag, Mma, Tile, V2, V4, V8, load};
 use super::Own;
 use super::blueprint::{BLOCK, GradientsBlueprint};
-
-/// Four sums: a unit of 16 bytes.
-type V4 = Const<4>;
 
 /// What is summed: the first four, and where there is a norm two more. "Across" leaves out pairs inside a token.
 pub(crate) mod which {

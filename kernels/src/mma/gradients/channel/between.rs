@@ -3,11 +3,10 @@
 use cubecl::prelude::*;
 
 use super::super::super::blueprint::{BLOCK_UNITS, TILE};
-use super::super::super::tile::{Acc, Mma, Tile, V2, in_block, load, scale_columns, store, to_frag};
+use super::super::super::tile::{Acc, Mma, Tile, V2, V4, in_block, load, scale_columns, store, to_frag};
 use super::super::Own;
 use super::super::blueprint::{DIAGONAL, GradientsBlueprint, TILES};
 use super::super::pairs::{add_block, product};
-use super::V4;
 
 /// Tiles of a plane.
 const HALF: usize = TILES / 2;

@@ -20,7 +20,7 @@ mod walk;
 use cubecl::prelude::*;
 
 use super::super::blueprint::TILE;
-use super::super::tile::{Mma, Tile, V8, by_depth, zeros};
+use super::super::tile::{Mma, Tile, V4, V8, by_depth, zeros};
 use super::Own;
 use super::blueprint::{DIAGONAL, GradientsBlueprint, TILES};
 use super::copy::load_block;
@@ -31,9 +31,6 @@ use between::{add_from_behind, add_from_keys, carry_to_tiles, leave_pairs, leave
 use ends::{gradient_of_beta, leave_constants};
 use operands::{leave_operands, leave_row_factors, read_channel};
 use walk::walk_channel;
-
-/// Four floats in shared memory: two columns of Y and X.
-pub(crate) type V4 = Const<4>;
 
 /// As [`gradients`](fn@super::gradients). `record_factors` are those of [`prepare`](mod@crate::mma::prepare),
 /// `record_floats` for each chunk and head.
