@@ -13,6 +13,8 @@ pub(crate) const BLOCKS: usize = CHUNK / TILE;
 const GROUP: usize = 4;
 /// Units of a preparing group.
 pub(crate) const GROUP_UNITS: usize = 32 * GROUP;
+/// Schedulers of a multiprocessor, which deals planes out to them in turn.
+pub(crate) const SCHEDULERS: usize = 4;
 /// Units of 16 bytes in a 16 x 16 block.
 pub(crate) const BLOCK_UNITS: usize = 32;
 
@@ -66,7 +68,17 @@ impl Blueprint {
 
     /// Units of a cube.
     pub fn units(&self) -> usize {
-        32 * (self.scanners() + GROUP * self.groups)
+        32 * if self.keeps_apart() { SCHEDULERS * self.groups } else { self.scanners() + GROUP * self.groups }
+    }
+
+    /// Whether the planes that fetch leave the schedulers of those that scan alone: see `planes.rs`.
+    pub(crate) fn keeps_apart(&self) -> bool {
+        self.prepared && self.groups > 1 && self.scanners() <= SCHEDULERS / 2
+    }
+
+    /// Units of a group that prepares or fetches a chunk.
+    pub(crate) fn group_units(&self) -> usize {
+        if self.keeps_apart() { 32 * SCHEDULERS / 2 } else { GROUP_UNITS }
     }
 
     /// Chunks whose inputs lie in shared memory at a time: one is scanned, one for each group is prepared,
@@ -218,6 +230,11 @@ impl Blueprint {
         if self.spec.micro_steps == 1 { r + 1 } else { BLOCKS }
     }
 
+    /// Key tiles that tile `b` of rows of [K; Q] is multiplied by.
+    pub(crate) fn seen_blocks(&self, b: usize) -> usize {
+        if b < BLOCKS { b + 1 } else { self.p_blocks(b - BLOCKS) }
+    }
+
     pub(crate) fn units_of_memory(&self) -> usize {
         self.outputs_at() + 2 * self.outputs()
     }
@@ -235,7 +252,22 @@ impl Blueprint {
 
     /// Units of a preparing cube: for gates per channel, one for each pair of channels and half of the chunk.
     pub fn prepare_units(&self) -> usize {
-        if self.by_channel() { self.spec.key_dim.next_multiple_of(32).max(GROUP_UNITS) } else { GROUP_UNITS }
+        if self.by_channel() {
+            self.spec.key_dim.next_multiple_of(32).max(GROUP_UNITS)
+        } else {
+            32 * self.prepare_planes()
+        }
+    }
+
+    /// Planes of a preparing cube without gates per channel, each with a chunk of its own. They share the sectors in
+    /// which betas and gates of neighbouring heads lie.
+    pub(crate) fn prepare_planes(&self) -> usize {
+        4
+    }
+
+    /// Chunks that a preparing cube takes.
+    pub fn prepared_chunks(&self) -> usize {
+        if self.by_channel() { 1 } else { self.prepare_planes() }
     }
 
     /// Where the preparing cube has the scaled rows of even and of odd levels: see `channel.rs`. Odd ones lie where decayed
@@ -250,9 +282,9 @@ impl Blueprint {
         2 * CHUNK * self.key_row()
     }
 
-    /// Shared memory of the preparing cube, in units.
+    /// Shared memory of the preparing cube for gates per channel, in units.
     pub(crate) fn prepare_memory(&self) -> usize {
-        if self.by_channel() { self.scaled_at(0) + self.scaled_rows() } else { self.stage() }
+        self.scaled_at(0) + self.scaled_rows()
     }
 }
 

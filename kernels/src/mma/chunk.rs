@@ -140,6 +140,42 @@ pub(crate) struct Target {
     pub(crate) blocks: usize,
     /// First of its factors.
     pub(crate) factors: usize,
+    /// First of the pairs of its leaves.
+    pub(crate) leaves: usize,
+}
+
+#[cube]
+impl Target {
+    /// The place in stage `i` of the cube's stages.
+    pub(crate) fn of_stage(i: usize, #[comptime] bp: Blueprint) -> Self {
+        let blocks = i * comptime!(bp.stage()) + comptime!(bp.blocks_at());
+        Target { blocks, factors: i * comptime!(bp.factors()), leaves: 0usize }
+    }
+
+    /// The place of plane `i` where each takes a chunk of its own.
+    pub(crate) fn of_plane(i: usize, #[comptime] bp: Blueprint) -> Self {
+        Target {
+            blocks: i * comptime!(bp.chunk_blocks() * BLOCK_UNITS),
+            factors: i * comptime!(bp.factors()),
+            leaves: i * comptime!(BLOCKS * LEAF_PAIRS),
+        }
+    }
+}
+
+/// The gates of chunk `c`.
+#[cube]
+fn gates_of(
+    raw: &Raw,
+    a_log: &Array<f32>,
+    dt_bias: &Array<f32>,
+    lower_bound: f32,
+    place: &Place,
+    c: usize,
+    lane: usize,
+    #[comptime] bp: Blueprint,
+) -> Gates {
+    let (a, bias) = gate_constants(a_log, dt_bias, place.hv, 0usize, bp.spec);
+    gates(raw, a, bias, lower_bound, place, c, lane, bp)
 }
 
 /// Turns the products of row block `block` into blocks and factors.
@@ -162,13 +198,65 @@ pub(crate) fn finish<F: Float>(
     lane: usize,
     #[comptime] bp: Blueprint,
 ) {
-    let (a, bias) = gate_constants(a_log, dt_bias, place.hv, 0usize, bp.spec);
-    let gates = gates(raw, a, bias, lower_bound, place, c, lane, bp);
+    let gates = gates_of(raw, a_log, dt_bias, lower_bound, place, c, lane, bp);
     if block < BLOCKS {
-        finish_keys::<F>(mma, tile, factors, leaves, gram, &gates, to, block, lane, bp);
+        leave_products::<F>(mma, tile, factors, leaves, gram, &gates, to, block, lane, bp);
+        sync_plane();
+        // The two halves of the plane do the same.
+        let own = lane % TILE;
+        let rho = of_row(reciprocal_norms(gram, bp), own);
+        let row = block * TILE + own;
+        leave_inverse::<F>(tile, factors, leaves, &gates, rho, to, row, lane < TILE, bp);
     } else if block < comptime!(BLOCKS + bp.read_blocks()) {
         finish_queries::<F>(mma, tile, factors, gram, &gates, scale, c, to, block - BLOCKS, lane, bp);
     }
+}
+
+/// The same for the products of all row blocks, by one plane.
+#[cube]
+pub(crate) fn finish_all<F: Float>(
+    mma: &Mma<F>,
+    tile: &mut Tile<F>,
+    factors: &mut SharedMemory<f32>,
+    leaves: &mut SharedMemory<Vector<f32, V2>>,
+    grams: &Sequence<Gram>,
+    raw: &Raw,
+    a_log: &Array<f32>,
+    dt_bias: &Array<f32>,
+    lower_bound: f32,
+    scale: f32,
+    place: &Place,
+    c: usize,
+    to: Target,
+    lane: usize,
+    #[comptime] bp: Blueprint,
+) {
+    let gates = gates_of(raw, a_log, dt_bias, lower_bound, place, c, lane, bp);
+    #[unroll]
+    for block in 0..BLOCKS {
+        leave_products::<F>(mma, tile, factors, leaves, grams.index(block), &gates, to, block, lane, bp);
+        sync_plane();
+    }
+    sync_plane();
+    let lo = of_row(reciprocal_norms(grams.index(0usize), bp), lane % TILE);
+    let hi = of_row(reciprocal_norms(grams.index(1usize), bp), lane % TILE);
+    let rho = select(lane < TILE, lo, hi);
+    leave_inverse::<F>(tile, factors, leaves, &gates, rho, to, lane, true, bp);
+    #[unroll]
+    for block in 0..comptime!(bp.read_blocks()) {
+        let gram = grams.index(comptime!(BLOCKS + block));
+        finish_queries::<F>(mma, tile, factors, gram, &gates, scale, c, to, block, lane, bp);
+        sync_plane();
+    }
+}
+
+/// The value of row `row` of 16.
+#[cube]
+fn of_row(rows: Vector<f32, V2>, row: usize) -> f32 {
+    let from = (row % 8 * 4) as u32;
+    let lo = plane_shuffle(rows[0], from);
+    let hi = plane_shuffle(rows[1], from);
+    select(row < 8, lo, hi)
 }
 
 /// The log decay at two micro-steps.
@@ -179,8 +267,9 @@ fn at_rows(x: f32, lo: usize, hi: usize) -> Vector<f32, V2> {
     out
 }
 
+/// Leaves the leaf of row block `block`, and the block below the diagonal.
 #[cube]
-fn finish_keys<F: Float>(
+fn leave_products<F: Float>(
     mma: &Mma<F>,
     tile: &mut Tile<F>,
     factors: &mut SharedMemory<f32>,
@@ -203,7 +292,7 @@ fn finish_keys<F: Float>(
     if comptime!(!backward) {
         by *= at_rows(gates.beta, first + row, first + row + 8);
     }
-    let leaf = block * LEAF_PAIRS;
+    let leaf = to.leaves + block * LEAF_PAIRS;
     #[unroll]
     for n in 0..2usize {
         let mut acc = Acc::new(2usize);
@@ -232,24 +321,36 @@ fn finish_keys<F: Float>(
     if lane == 0 && block == 0 {
         factors[to.factors + DECAY_AT] = f32::exp(gates.total);
     }
+}
 
-    sync_plane();
-    let t = invert_row(leaves, leaf, lane % TILE);
-    // diag(rho) (I + L)^-1 diag(beta), or the inverse alone: this unit holds row `lane % 16`.
-    let own = lane % TILE;
-    let lo = plane_shuffle(norms[0], (own % 8 * 4) as u32);
-    let hi = plane_shuffle(norms[1], (own % 8 * 4) as u32);
-    let rho = select(own < 8, lo, hi);
-    let sum = plane_shuffle(gates.sum, (first + own) as u32);
-    if lane < TILE {
-        let at = to.factors + first + own;
+/// Leaves row `row` of $\mathrm{diag}(\rho)(I + L)^{-1}\mathrm{diag}(\beta)$, or of the inverse alone, and the factors of
+/// that micro-step, if this unit `works`.
+#[cube]
+fn leave_inverse<F: Float>(
+    tile: &mut Tile<F>,
+    factors: &mut SharedMemory<f32>,
+    leaves: &SharedMemory<Vector<f32, V2>>,
+    gates: &Gates,
+    rho: f32,
+    to: Target,
+    row: usize,
+    works: bool,
+    #[comptime] bp: Blueprint,
+) {
+    let backward = comptime!(bp.pass.is_backward());
+    let block = row / TILE;
+    let own = row % TILE;
+    let t = invert_row(leaves, to.leaves + block * LEAF_PAIRS, own);
+    let sum = plane_shuffle(gates.sum, row as u32);
+    if works {
+        let at = to.factors + row;
         factors[at + ERASE_AT] = rho * f32::exp(sum);
         factors[at + WRITE_AT] = f32::exp(gates.total - sum);
     }
     if comptime!(backward) {
-        let beta = plane_shuffle(gates.beta, (first + own) as u32);
-        if lane < TILE {
-            factors[to.factors + comptime!(bp.betas_at()) + first + own] = rho * beta;
+        let beta = plane_shuffle(gates.beta, row as u32);
+        if works {
+            factors[to.factors + comptime!(bp.betas_at()) + row] = rho * beta;
         }
     }
     let at = to.blocks + block * BLOCK_UNITS;
@@ -262,11 +363,11 @@ fn finish_keys<F: Float>(
             if comptime!(backward) {
                 x[e] = F::cast_from(t[j]);
             } else {
-                let b = plane_shuffle(gates.beta, (first + j) as u32);
+                let b = plane_shuffle(gates.beta, (block * TILE + j) as u32);
                 x[e] = F::cast_from(rho * t[j] * b);
             }
         }
-        if lane < TILE {
+        if works {
             tile[at + in_block(own, half)] = x;
         }
     }
@@ -347,8 +448,8 @@ fn finish_queries<F: Float>(
     }
 }
 
-/// Scratch for the leaves.
+/// Scratch for the leaves of as many chunks at a time.
 #[cube]
-pub(crate) fn new_leaves() -> SharedMemory<Vector<f32, V2>> {
-    SharedMemory::<Vector<f32, V2>>::new(comptime!(BLOCKS * LEAF_PAIRS))
+pub(crate) fn new_leaves(#[comptime] chunks: usize) -> SharedMemory<Vector<f32, V2>> {
+    SharedMemory::<Vector<f32, V2>>::new(comptime!(chunks * BLOCKS * LEAF_PAIRS))
 }

@@ -19,8 +19,7 @@ pub(crate) struct Raw {
     pub(crate) g: f32,
 }
 
-/// Reads them, one chunk ahead of their use. Only if `here`, elsewhere they are zeros: heads lie between neighbouring
-/// micro-steps, so that each costs a whole sector.
+/// Reads them, one chunk ahead of their use.
 #[cube]
 pub(crate) fn read_gates<B: Float, G: Float>(
     beta: &Array<B>,
@@ -29,7 +28,6 @@ pub(crate) fn read_gates<B: Float, G: Float>(
     g_at: &Strides,
     place: &Place,
     c: usize,
-    here: bool,
     lane: usize,
     #[comptime] bp: Blueprint,
 ) -> Raw {
@@ -37,36 +35,11 @@ pub(crate) fn read_gates<B: Float, G: Float>(
     let step = c * CHUNK + lane;
     let seq = place.seq;
     let mut raw = Raw { beta: 0.0f32, g: 0.0f32 };
-    if here && step < place.steps {
+    if step < place.steps {
         raw.beta = f32::cast_from(beta[beta_at.at(seq.row, seq.start * n_h + step, place.hv)]);
         if comptime!(bp.spec.decay == Decay::Head) {
             raw.g = f32::cast_from(g[g_at.at(seq.row, seq.start + step / n_h, place.hv)]);
         }
-    }
-    raw
-}
-
-/// Room for what [`share`] leaves.
-#[cube]
-pub(crate) fn new_shared() -> SharedMemory<f32> {
-    SharedMemory::<f32>::new(2 * CHUNK)
-}
-
-/// Leaves them for the other planes of the cube.
-#[cube]
-pub(crate) fn share(raw: &Raw, to: &mut SharedMemory<f32>, lane: usize, #[comptime] bp: Blueprint) {
-    to[lane] = raw.beta;
-    if comptime!(bp.spec.decay == Decay::Head) {
-        to[CHUNK + lane] = raw.g;
-    }
-}
-
-/// What [`share`] has left.
-#[cube]
-pub(crate) fn shared(from: &SharedMemory<f32>, lane: usize, #[comptime] bp: Blueprint) -> Raw {
-    let mut raw = Raw { beta: from[lane], g: 0.0f32 };
-    if comptime!(bp.spec.decay == Decay::Head) {
-        raw.g = from[CHUNK + lane];
     }
     raw
 }

@@ -1,9 +1,12 @@
-//! Products of 16 rows with the keys of a chunk.
+//! Products of rows with the keys of a chunk.
 
 use cubecl::prelude::*;
 
 use super::blueprint::{BLOCKS, Blueprint, TILE};
-use super::tile::{AHEAD, Acc, Frag, Mma, Tile, V2, by_columns, by_depth, load, mma2, zeros};
+use super::stage::{Place, Source, StagedStrides, keys_of, queries_of};
+use super::tile::{
+    AHEAD, Acc, Frag, Mma, Tile, V2, V4, V8, by_columns, by_depth, load, mma2, unpack, zeros,
+};
 
 /// 16 rows of [K; Q] times all keys of the chunk, and the squares of the rows' norms (rows `lane / 4` and 8
 /// more).
@@ -87,6 +90,143 @@ pub(crate) fn products<F: Float>(
         squares[1] = over_row(hi[0] + hi[1]);
     }
     Gram { products, squares }
+}
+
+/// The products of all row blocks of [K; Q] with the keys they see, by one plane that reads its rows from device memory.
+///
+/// A product over the key channels does not ask for their order, as long as both sides have the same: a unit takes the 16
+/// bytes that it has read of a row for its channels of two steps. So a tile of keys is a left and a right operand in the
+/// same registers, and nothing passes through shared memory.
+#[cube]
+pub(crate) fn products_of_chunk<F: Float>(
+    mma: &Mma<F>,
+    q: &Array<Vector<F, V8>>,
+    k: &Array<Vector<F, V8>>,
+    strides: &StagedStrides,
+    place: &Place,
+    c: usize,
+    lane: usize,
+    #[comptime] bp: Blueprint,
+) -> Sequence<Gram> {
+    let blocks = comptime!(BLOCKS + bp.read_blocks());
+    let total = comptime!(bp.spec.key_dim.div_ceil(2 * TILE));
+    let keys = keys_of(&strides.k, place, c, bp);
+    let queries = queries_of(&strides.q, place, c, bp);
+    let mut products = zeros(comptime!(2 * BLOCKS * blocks));
+    let mut squares = Array::<Vector<f32, V2>>::new(comptime!(2 * blocks));
+    #[unroll]
+    for i in 0..comptime!(2 * blocks) {
+        squares[i] = Vector::cast_from(0.0f32);
+    }
+    let mut rows = Sequence::<Vector<u32, V4>>::new();
+    #[unroll]
+    for i in 0..comptime!(total + 1) {
+        if comptime!(i < total) {
+            #[unroll]
+            for row in 0..comptime!(2 * BLOCKS) {
+                rows.push(read_row::<F>(k, keys, comptime!(8 * row), i, lane, bp));
+            }
+            #[unroll]
+            for row in 0..comptime!(2 * bp.read_blocks()) {
+                rows.push(read_row::<F>(q, queries, comptime!(8 * row), i, lane, bp));
+            }
+        }
+        if comptime!(i > 0) {
+            let mut left = Sequence::<Frag<F>>::new();
+            #[unroll]
+            for b in 0..blocks {
+                let at = comptime!(2 * ((i - 1) * blocks + b));
+                let lo = unpack::<F>(Vector::reinterpret(*rows.index(at)));
+                let hi = unpack::<F>(Vector::reinterpret(*rows.index(comptime!(at + 1))));
+                #[unroll]
+                for step in 0..2usize {
+                    let mut f = Frag::<F>::new(4usize);
+                    f[0] = lo[comptime!(2 * step)];
+                    f[1] = hi[comptime!(2 * step)];
+                    f[2] = lo[comptime!(2 * step + 1)];
+                    f[3] = hi[comptime!(2 * step + 1)];
+                    left.push(f);
+                }
+                if comptime!(bp.spec.qk_l2norm) {
+                    #[unroll]
+                    for e in 0..4usize {
+                        let x = Vector::<f32, V2>::cast_from(lo[e]);
+                        let y = Vector::<f32, V2>::cast_from(hi[e]);
+                        squares[comptime!(2 * b)] += x * x;
+                        squares[comptime!(2 * b + 1)] += y * y;
+                    }
+                }
+            }
+            #[unroll]
+            for j in 0..BLOCKS {
+                #[unroll]
+                for step in 0..2usize {
+                    let right = as_right::<F>(left.index(comptime!(2 * j + step)));
+                    #[unroll]
+                    for b in 0..blocks {
+                        if comptime!(j < bp.seen_blocks(b)) {
+                            let (a, to) = comptime!((2 * b + step, 2 * (b * BLOCKS + j)));
+                            mma2::<F>(mma, &left, a, 0usize, &right, &mut products, to, 0usize, 1usize);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    let mut grams = Sequence::<Gram>::new();
+    #[unroll]
+    for b in 0..blocks {
+        let mut own = Sequence::<Acc>::new();
+        #[unroll]
+        for n in 0..comptime!(2 * BLOCKS) {
+            let from = products.index(comptime!(2 * BLOCKS * b + n));
+            let mut acc = Acc::new(2usize);
+            acc[0] = from[0];
+            acc[1] = from[1];
+            own.push(acc);
+        }
+        let lo = squares[comptime!(2 * b)];
+        let hi = squares[comptime!(2 * b + 1)];
+        let mut both = Vector::<f32, V2>::cast_from(1.0f32);
+        if comptime!(bp.spec.qk_l2norm) {
+            both[0] = over_row(lo[0] + lo[1]);
+            both[1] = over_row(hi[0] + hi[1]);
+        }
+        grams.push(Gram { products: own, squares: both });
+    }
+    grams
+}
+
+/// This unit's eight channels of row `first + lane / 4` of a chunk, of the 32 from `32 i` on; zeros behind the last one.
+#[cube]
+fn read_row<F: Float>(
+    src: &Array<Vector<F, V8>>,
+    source: Source,
+    #[comptime] first: usize,
+    #[comptime] i: usize,
+    lane: usize,
+    #[comptime] bp: Blueprint,
+) -> Vector<u32, V4> {
+    let lane = lane as u32;
+    let row = u32::min(lane / 4 + comptime!(first as u32), source.last);
+    let col = lane % 4 + comptime!(4 * i as u32);
+    let units = comptime!((bp.spec.key_dim / 8) as u32);
+    let mut x = Vector::<u32, V4>::cast_from(0u32);
+    if comptime!(4 * i + 4 <= bp.spec.key_dim / 8) || col < units {
+        x = Vector::reinterpret(src[source.from + (row * source.stride + col) as usize]);
+    }
+    x
+}
+
+/// A left operand as a right one: its rows as columns.
+#[cube]
+fn as_right<F: Float>(left: &Frag<F>) -> Frag<F> {
+    let mut f = Frag::<F>::new(4usize);
+    f[0] = left[0];
+    f[1] = left[2];
+    f[2] = left[1];
+    f[3] = left[3];
+    f
 }
 
 /// The sum over the four units that share a row.

@@ -10,8 +10,8 @@
 //! scan      N = T (V - e^G . K S)     O = e^G . Q S + P N     S <- e^{G_C} S + (e^{G_C - G} N)^T K
 //! ```
 //!
-//! Where several cubes share a head, and for gates per channel (`channel.rs`), [`prepare`](mod@prepare) does its part
-//! for all chunks beforehand, and the other planes only fetch and store.
+//! Where several cubes share a head, and for gates per channel (`channel.rs`), launches of [`prepare`] do its part for all
+//! chunks beforehand, and the other planes only fetch and store.
 //!
 //! Where long sequences have few heads they are split into segments ([`Pass`]). Rows of $S^T$ (value channels) do not
 //! know of each other, and a chunk takes each through the same affine map: a segment is $S^T \leftarrow S^T A + N^T$.
@@ -32,6 +32,8 @@ mod gates;
 pub mod gradients;
 mod gram;
 mod held;
+mod planes;
+pub mod prepare;
 mod scan;
 mod stage;
 mod state;
@@ -44,16 +46,12 @@ pub use blueprint::{Blueprint, CHUNK, Pass, TILE};
 use cubecl::prelude::*;
 
 use crate::record::{StateStrides, Strides};
-use blueprint::GROUP_UNITS;
-use channel::{gram_by_channel, read_channel_gates};
 use chunk::{Target, finish, new_leaves};
-use gates::{new_shared, read_gates, share, shared};
+use gates::read_gates;
 use gram::multiply_keys;
+use planes::Fetcher;
 use scan::scan_chunk;
-use stage::{
-    Place, StagedStrides, block_rows, decayed_key_rows, key_rows, new_parcel, put, put_rows, query_rows,
-    record_rows, send_for, send_for_keys, sequence_of, store_outputs,
-};
+use stage::{Place, StagedStrides, new_parcel, put, send_for, sequence_of, store_outputs};
 use state::{Lane, load_state, store_state};
 use tile::{Mma, Tile, V8};
 
@@ -61,146 +59,6 @@ use tile::{Mma, Tile, V8};
 #[cube]
 fn new_factors(#[comptime] stages: usize, #[comptime] bp: Blueprint) -> SharedMemory<f32> {
     SharedMemory::<f32>::new(comptime!(stages * bp.factors()))
-}
-
-/// Prepares every chunk: a record of blocks, and one of factors, for each chunk and value head. Cube `p` takes
-/// chunk `p / heads` and head `p % heads`. For arguments see [`forward`](mod@forward).
-#[cube(launch_unchecked, fast_math = FastMath::all(), address_type = "u64")]
-pub fn prepare<F: Float, B: Float, G: Float>(
-    q: &Array<Vector<F, V8>>,
-    k: &Array<Vector<F, V8>>,
-    beta: &Array<B>,
-    g: &Array<G>,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
-    table: &Array<u32>,
-    records: &mut Array<Vector<F, V8>>,
-    record_factors: &mut Array<f32>,
-    q_at: Strides,
-    k_at: Strides,
-    beta_at: Strides,
-    g_at: Strides,
-    tokens: u32,
-    sequences: u32,
-    chunks: u32,
-    heads: u32,
-    group: u32,
-    scale: f32,
-    lower_bound: f32,
-    #[comptime] bp: Blueprint,
-    #[define(F, B, G)] _types: [StorageType; 3],
-) {
-    // 32 bits, in which division is fast: there is no room for more records.
-    let cube = CUBE_POS as u32;
-    if cube >= chunks * heads {
-        terminate!();
-    }
-    let id = cube / heads;
-    let hv = (cube % heads) as usize;
-    let n = if comptime!(bp.packed) {
-        table[(4 * sequences + id) as usize] as usize
-    } else {
-        (id / (chunks / sequences)) as usize
-    };
-    let id = id as usize;
-    let seq = sequence_of(table, n, tokens, bp.packed, bp.spec.micro_steps);
-    let steps = seq.tokens * comptime!(bp.spec.micro_steps);
-    let place = Place {
-        seq,
-        n,
-        h: hv / group as usize,
-        hv,
-        heads: heads as usize,
-        v0: 0usize,
-        steps,
-        chunks: steps.div_ceil(CHUNK),
-    };
-    let strides = StagedStrides { q: q_at, k: k_at, v: k_at };
-    let c = id - seq.first_chunk;
-    let mut tile = Tile::<F>::new_aligned(comptime!(bp.prepare_memory()), 128usize);
-    let mut factors = new_factors(1usize, bp);
-    let mut leaves = new_leaves();
-    let mut raws = new_shared();
-    let mma = Mma::<F>::new(16usize, 8usize, 16usize);
-    let unit = UNIT_POS_X as usize;
-    let lane = unit % 32;
-    let block = unit / 32;
-
-    let fetches = unit < GROUP_UNITS;
-    let mut parcel = new_parcel::<F>(bp);
-    if fetches {
-        send_for_keys::<F>(&mut parcel, q, k, &strides, &place, c, unit, bp);
-    }
-    // One plane reads for all of them. Beside gates per channel the registers are dearer than the reads.
-    let shares = comptime!(!bp.by_channel());
-    let here = comptime!(!shares) || block == 0;
-    let raw = read_gates(beta, g, &beta_at, &g_at, &place, c, here, lane, bp);
-    let raw_channels = read_channel_gates(g, &g_at, &place, c, unit, bp);
-    if fetches {
-        put_rows::<F>(&parcel, &mut tile, 0usize, unit, comptime!(key_rows(bp)));
-        put_rows::<F>(&parcel, &mut tile, 0usize, unit, comptime!(query_rows(bp)));
-    }
-    if comptime!(shares) && block == 0 {
-        share(&raw, &mut raws, lane, bp);
-    }
-    sync_cube();
-    let to = Target { blocks: comptime!(bp.blocks_at()).runtime(), factors: 0usize };
-    let raw = if comptime!(shares) { shared(&raws, lane, bp) } else { raw };
-    let products = if comptime!(shares) {
-        multiply_keys::<F>(&mma, &tile, 0usize, block, lane, bp)
-    } else {
-        gram_by_channel::<F>(
-            &mma,
-            &mut tile,
-            &mut factors,
-            &raw_channels,
-            a_log,
-            dt_bias,
-            lower_bound,
-            &place,
-            c,
-            unit,
-            bp,
-        )
-    };
-    finish::<F>(
-        &mma,
-        &mut tile,
-        &mut factors,
-        &mut leaves,
-        &products,
-        &raw,
-        a_log,
-        dt_bias,
-        lower_bound,
-        scale,
-        &place,
-        c,
-        to,
-        block,
-        lane,
-        bp,
-    );
-    sync_cube();
-    if fetches {
-        let mut at = cube as usize * comptime!(bp.record().0);
-        if comptime!(bp.by_channel()) {
-            record_rows::<F>(&tile, records, at, unit, comptime!(key_rows(bp)));
-            at += comptime!(key_rows(bp).units());
-            record_rows::<F>(&tile, records, at, unit, comptime!(query_rows(bp)));
-            at += comptime!(query_rows(bp).units());
-            record_rows::<F>(&tile, records, at, unit, comptime!(decayed_key_rows(bp)));
-            at += comptime!(decayed_key_rows(bp).units());
-        }
-        record_rows::<F>(&tile, records, at, unit, comptime!(block_rows(bp)));
-    }
-    #[unroll]
-    for round in 0..comptime!(bp.factors().div_ceil(bp.prepare_units())) {
-        let i = unit + comptime!(round * bp.prepare_units());
-        if i < comptime!(bp.factors()) {
-            record_factors[cube as usize * comptime!(bp.factors()) + i] = factors[i];
-        }
-    }
 }
 
 /// Computes o and the final state. Strides of q, k, v and o are multiples of 8, and so are the offsets of
@@ -272,13 +130,13 @@ pub fn forward<F: Float, B: Float, G: Float>(
 
     let mut tile = Tile::<F>::new_aligned(comptime!(bp.units_of_memory()), 128usize);
     let mut factors = new_factors(stages, bp);
-    let mut leaves = new_leaves();
+    let mut leaves = new_leaves(1usize);
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
     let lane = (UNIT_POS % 32) as usize;
     let plane = (UNIT_POS / 32) as usize;
     let scanners = comptime!(bp.scanners());
+    let fetcher = Fetcher::new(UNIT_POS as usize, bp);
     let groups = comptime!(bp.groups);
-    let blocks = comptime!(bp.blocks_at());
     let chunk_factors = comptime!(bp.factors());
     let outputs = comptime!(bp.outputs_at());
     let chunk_outputs = comptime!(bp.outputs());
@@ -292,7 +150,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
         for c in 0..place.chunks {
             sync_cube();
             let at_stage = c % stages;
-            let from = Target { blocks: at_stage * stage + blocks, factors: at_stage * chunk_factors };
+            let from = Target::of_stage(at_stage, bp);
             let to = outputs + c % 2 * chunk_outputs;
             scan_chunk::<F>(&mma, &mut tile, &factors, &mut state, at_stage * stage, to, from, at, bp);
         }
@@ -300,14 +158,13 @@ pub fn forward<F: Float, B: Float, G: Float>(
         if comptime!(bp.pass != Pass::Segments) || n < sequences as usize {
             store_state(&state, final_state, &final_at, &place, at, bp);
         }
-    } else {
-        let unit = (UNIT_POS as usize - 32 * scanners) % GROUP_UNITS;
-        let group = (UNIT_POS as usize - 32 * scanners) / GROUP_UNITS;
+    } else if fetcher.works {
+        let (group, unit) = (fetcher.group, fetcher.unit);
         let block = unit / 32;
         let mut parcel = new_parcel::<F>(bp);
         send_for::<F>(&mut parcel, q, k, v, records, record_factors, &strides, &place, group, unit, bp);
         put::<F>(&parcel, &mut tile, &mut factors, group * stage, group * chunk_factors, unit, bp);
-        let mut raw = read_gates(beta, g, &beta_at, &g_at, &place, group, true, lane, bp);
+        let mut raw = read_gates(beta, g, &beta_at, &g_at, &place, group, lane, bp);
         sync_cube();
         if group > 0 {
             sync_cube();
@@ -318,7 +175,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
             let mut parcel = new_parcel::<F>(bp);
             let after = next + groups;
             send_for::<F>(&mut parcel, q, k, v, records, record_factors, &strides, &place, after, unit, bp);
-            let later = read_gates(beta, g, &beta_at, &g_at, &place, after, true, lane, bp);
+            let later = read_gates(beta, g, &beta_at, &g_at, &place, after, lane, bp);
             if next > groups {
                 let c = next - groups - 1;
                 store_outputs::<F>(&tile, outputs + c % 2 * chunk_outputs, o, &o_at, &place, c, unit, bp);
@@ -333,7 +190,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
                 if comptime!(groups > 1) {
                     sync_cube();
                 }
-                let to = Target { blocks: at_stage * stage + blocks, factors: at_stage * chunk_factors };
+                let to = Target::of_stage(at_stage, bp);
                 finish::<F>(
                     &mma,
                     &mut tile,

@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{BLOCK_UNITS, Blueprint, CHUNK, GROUP_UNITS, Pass, TILE};
+use super::blueprint::{BLOCK_UNITS, Blueprint, CHUNK, Pass, TILE};
 use super::tile::{Tile, V8};
 use crate::record::{Sequence, Strides, sequence};
 
@@ -69,17 +69,19 @@ pub(crate) struct Rows {
     cols: usize,
     /// Place of the first in the parcel.
     first: usize,
+    /// Units of the group.
+    group: usize,
     /// Whether rows may be missing, and are zeros then.
     cleared: bool,
 }
 
 impl Rows {
     fn rounds(self) -> usize {
-        (self.rows * self.cols).div_ceil(GROUP_UNITS)
+        (self.rows * self.cols).div_ceil(self.group)
     }
 
     fn after(self, at: usize, rows: usize, cols: usize, ld: usize) -> Self {
-        Self { at, ld, rows, cols, first: self.first + self.rounds(), cleared: false }
+        Self { at, ld, rows, cols, first: self.first + self.rounds(), group: self.group, cleared: false }
     }
 
     pub(crate) fn units(self) -> usize {
@@ -88,7 +90,15 @@ impl Rows {
 }
 
 pub(crate) fn key_rows(bp: Blueprint) -> Rows {
-    Rows { at: 0, ld: bp.key_row(), rows: CHUNK, cols: bp.spec.key_dim / 8, first: 0, cleared: false }
+    Rows {
+        at: 0,
+        ld: bp.key_row(),
+        rows: CHUNK,
+        cols: bp.spec.key_dim / 8,
+        first: 0,
+        group: bp.group_units(),
+        cleared: false,
+    }
 }
 
 pub(crate) fn query_rows(bp: Blueprint) -> Rows {
@@ -121,7 +131,7 @@ fn parcel_units(bp: Blueprint) -> usize {
 
 /// Rounds of floats in a parcel.
 fn parcel_floats(bp: Blueprint) -> usize {
-    if bp.prepared { bp.factors().div_ceil(GROUP_UNITS) } else { 0 }
+    if bp.prepared { bp.factors().div_ceil(bp.group_units()) } else { 0 }
 }
 
 /// Room for a parcel.
@@ -134,8 +144,34 @@ pub(crate) fn new_parcel<F: Float>(#[comptime] bp: Blueprint) -> Parcel<F> {
     }
 }
 
-/// Sends for the keys and queries of chunk `c`. Rows past the end of the sequence repeat the last one: what they
-/// hold is never used.
+/// Rows of a tensor in device memory, in units of 16 bytes.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Source {
+    /// The first row.
+    pub(crate) from: usize,
+    /// From row to row.
+    pub(crate) stride: u32,
+    /// The last row of the sequence. Those behind it repeat it: what they hold is never used.
+    pub(crate) last: u32,
+}
+
+/// The keys of chunk `c`.
+#[cube]
+pub(crate) fn keys_of(at: &Strides, place: &Place, c: usize, #[comptime] bp: Blueprint) -> Source {
+    let step0 = c * CHUNK;
+    let from = at.at(place.seq.row, place.seq.start * comptime!(bp.spec.micro_steps) + step0, place.h) / 8;
+    Source { from, stride: at.t / 8, last: (place.steps - 1 - step0) as u32 }
+}
+
+/// The queries of chunk `c`.
+#[cube]
+pub(crate) fn queries_of(at: &Strides, place: &Place, c: usize, #[comptime] bp: Blueprint) -> Source {
+    let token0 = c * CHUNK / comptime!(bp.spec.micro_steps);
+    let from = at.at(place.seq.row, place.seq.start + token0, place.h) / 8;
+    Source { from, stride: at.t / 8, last: (place.seq.tokens - 1 - token0) as u32 }
+}
+
+/// Sends for the keys and queries of chunk `c`.
 #[cube]
 pub(crate) fn send_for_keys<F: Float>(
     parcel: &mut Parcel<F>,
@@ -147,16 +183,10 @@ pub(crate) fn send_for_keys<F: Float>(
     unit: usize,
     #[comptime] bp: Blueprint,
 ) {
-    let n_h = comptime!(bp.spec.micro_steps);
-    let step0 = c * CHUNK;
-    let token0 = step0 / n_h;
-    let seq = place.seq;
-    let from = strides.k.at(seq.row, seq.start * n_h + step0, place.h) / 8;
-    let last = (place.steps - 1 - step0) as u32;
-    fetch_rows::<F>(k, from, strides.k.t / 8, last, 1000u32, parcel, unit, comptime!(key_rows(bp)), false);
-    let from = strides.q.at(seq.row, seq.start + token0, place.h) / 8;
-    let last = (seq.tokens - 1 - token0) as u32;
-    fetch_rows::<F>(q, from, strides.q.t / 8, last, 1000u32, parcel, unit, comptime!(query_rows(bp)), false);
+    let keys = keys_of(&strides.k, place, c, bp);
+    fetch_rows::<F>(k, keys, 1000u32, parcel, unit, comptime!(key_rows(bp)), false);
+    let queries = queries_of(&strides.q, place, c, bp);
+    fetch_rows::<F>(q, queries, 1000u32, parcel, unit, comptime!(query_rows(bp)), false);
 }
 
 /// Sends for all that the scan needs of its chunk `c`: the values (or output gradients), and the keys and queries or
@@ -196,7 +226,7 @@ pub(crate) fn send_for<F: Float>(
             fetch_all::<F>(records, at, parcel, unit, comptime!(block_rows(bp)));
             #[unroll]
             for round in 0..comptime!(parcel_floats(bp)) {
-                let i = unit + comptime!(round * GROUP_UNITS);
+                let i = unit + comptime!(round * bp.group_units());
                 if i < comptime!(bp.factors()) {
                     parcel.floats[round] = record_factors[record * comptime!(bp.factors()) + i];
                 }
@@ -211,6 +241,7 @@ pub(crate) fn send_for<F: Float>(
             last_row = (seq.tokens - 1 - token0) as u32;
         }
         let from = (strides.v.at(seq.row, first, place.hv) + place.v0) / 8;
+        let source = Source { from, stride: strides.v.t / 8, last: last_row };
         // The rows of the transfer, behind the values, write nothing.
         let transfer = comptime!(bp.pass == Pass::Transfer);
         let channels = comptime!(bp.spec.value_dim).runtime();
@@ -220,17 +251,15 @@ pub(crate) fn send_for<F: Float>(
             (channels - place.v0) / 8
         };
         let values = comptime!(value_rows(bp));
-        fetch_rows::<F>(v, from, strides.v.t / 8, last_row, cols as u32, parcel, unit, values, transfer);
+        fetch_rows::<F>(v, source, cols as u32, parcel, unit, values, transfer);
     }
 }
 
-/// Rows past `last_row` repeat the last one, and so do columns from `cols` on, unless they are to be zeros.
+/// Columns from `cols` on repeat the last one, unless they are to be zeros.
 #[cube]
 fn fetch_rows<F: Float>(
     src: &Array<Vector<F, V8>>,
-    from: usize,
-    stride: u32,
-    last_row: u32,
+    source: Source,
     cols: u32,
     parcel: &mut Parcel<F>,
     unit: usize,
@@ -239,10 +268,10 @@ fn fetch_rows<F: Float>(
 ) {
     #[unroll]
     for round in 0..comptime!(rows.rounds()) {
-        let i = unit as u32 + comptime!((round * GROUP_UNITS) as u32);
-        let row = u32::min(i / comptime!(rows.cols as u32), last_row);
+        let i = unit as u32 + comptime!((round * rows.group) as u32);
+        let row = u32::min(i / comptime!(rows.cols as u32), source.last);
         let col = i % comptime!(rows.cols as u32);
-        let at = from + (row * stride + u32::min(col, cols - 1)) as usize;
+        let at = source.from + (row * source.stride + u32::min(col, cols - 1)) as usize;
         let to = comptime!(rows.first + round);
         if comptime!(zeros) {
             let mut x = Vector::<F, V8>::cast_from(0.0f32);
@@ -267,8 +296,8 @@ fn fetch_all<F: Float>(
 ) {
     #[unroll]
     for round in 0..comptime!(rows.rounds()) {
-        let i = unit + comptime!(round * GROUP_UNITS);
-        if comptime!((round + 1) * GROUP_UNITS <= rows.units()) || i < comptime!(rows.units()) {
+        let i = unit + comptime!(round * rows.group);
+        if comptime!((round + 1) * rows.group <= rows.units()) || i < comptime!(rows.units()) {
             parcel.units[comptime!(rows.first + round)] = src[from + i];
         }
     }
@@ -292,7 +321,7 @@ pub(crate) fn put<F: Float>(
     put_rows::<F>(parcel, to, at, unit, comptime!(block_rows(bp)));
     #[unroll]
     for round in 0..comptime!(parcel_floats(bp)) {
-        let i = unit + comptime!(round * GROUP_UNITS);
+        let i = unit + comptime!(round * bp.group_units());
         if i < comptime!(bp.factors()) {
             factors[factors_at + i] = parcel.floats[round];
         }
@@ -309,10 +338,10 @@ pub(crate) fn put_rows<F: Float>(
 ) {
     #[unroll]
     for round in 0..comptime!(rows.rounds()) {
-        let i = unit as u32 + comptime!((round * GROUP_UNITS) as u32);
+        let i = unit as u32 + comptime!((round * rows.group) as u32);
         let row = i / comptime!(rows.cols as u32);
         let col = i % comptime!(rows.cols as u32);
-        if comptime!((round + 1) * GROUP_UNITS <= rows.units()) || row < comptime!(rows.rows as u32) {
+        if comptime!((round + 1) * rows.group <= rows.units()) || row < comptime!(rows.rows as u32) {
             let into = (row * comptime!(rows.ld as u32) + col) as usize;
             to[at + rows.at + into] = parcel.units[comptime!(rows.first + round)];
             if comptime!(rows.cleared) && row >= parcel.reads {
@@ -333,10 +362,10 @@ pub(crate) fn record_rows<F: Float>(
 ) {
     #[unroll]
     for round in 0..comptime!(rows.rounds()) {
-        let i = unit as u32 + comptime!((round * GROUP_UNITS) as u32);
+        let i = unit as u32 + comptime!((round * rows.group) as u32);
         let row = i / comptime!(rows.cols as u32);
         let col = i % comptime!(rows.cols as u32);
-        if comptime!((round + 1) * GROUP_UNITS <= rows.units()) || row < comptime!(rows.rows as u32) {
+        if comptime!((round + 1) * rows.group <= rows.units()) || row < comptime!(rows.rows as u32) {
             let at_src = (row * comptime!(rows.ld as u32) + col) as usize;
             to[at + i as usize] = from[rows.at + at_src];
         }
@@ -384,8 +413,8 @@ pub(crate) fn store_rows<F: Float>(
     let cols = comptime!((bp.value_tile / 8) as u32);
     let total = comptime!(bp.output_rows() * bp.value_tile / 8);
     #[unroll]
-    for round in 0..comptime!(total.div_ceil(GROUP_UNITS)) {
-        let i = unit as u32 + comptime!((round * GROUP_UNITS) as u32);
+    for round in 0..comptime!(total.div_ceil(bp.group_units())) {
+        let i = unit as u32 + comptime!((round * bp.group_units()) as u32);
         let row = i / cols;
         let col = i % cols;
         let inside = comptime!(bp.spec.value_dim % bp.value_tile == 0)

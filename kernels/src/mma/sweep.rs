@@ -7,9 +7,10 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{Blueprint, CHUNK, GROUP_UNITS, Pass};
+use super::blueprint::{Blueprint, CHUNK, Pass};
 use super::chunk::Target;
 use super::new_factors;
+use super::planes::Fetcher;
 use super::scan::scan_chunk;
 use super::stage::{Place, StagedStrides, least, new_parcel, put, send_for, sequence_of, store_rows, turn};
 use super::state::{Lane, keep_state, load_state, store_state};
@@ -156,10 +157,10 @@ fn walk<F: Float>(
     let lane = (UNIT_POS_X % 32) as usize;
     let plane = (UNIT_POS_X / 32) as usize;
     let scanners = comptime!(bp.scanners());
+    let fetcher = Fetcher::new(UNIT_POS_X as usize, bp);
     let groups = comptime!(bp.groups);
     let stage = comptime!(bp.stage());
     let stages = comptime!(bp.stages());
-    let blocks = comptime!(bp.blocks_at());
     let chunk_factors = comptime!(bp.factors());
     let outputs = comptime!(bp.outputs_at());
     let chunk_outputs = comptime!(bp.outputs());
@@ -180,7 +181,7 @@ fn walk<F: Float>(
             let backwards = comptime!(bp.pass == Pass::Unwind);
             let c = if comptime!(backwards) { chunks - 1 - i } else { i };
             let at_stage = (i % comptime!(stages as u32)) as usize;
-            let from = Target { blocks: at_stage * stage + blocks, factors: at_stage * chunk_factors };
+            let from = Target::of_stage(at_stage, bp);
             let to = outputs + (i % 2) as usize * chunk_outputs;
             let within = c % comptime!(KEPT as u32);
             let keeps = if comptime!(backwards) {
@@ -203,9 +204,8 @@ fn walk<F: Float>(
         if comptime!(bp.pass == Pass::Unwind) {
             store_state(&state, last_state, last_at, place, at, bp);
         }
-    } else {
-        let unit = (UNIT_POS_X as usize - 32 * scanners) % GROUP_UNITS;
-        let group = (UNIT_POS_X as usize - 32 * scanners) / GROUP_UNITS;
+    } else if fetcher.works {
+        let (group, unit) = (fetcher.group, fetcher.unit);
         let mut parcel = new_parcel::<F>(bp);
         send_for::<F>(&mut parcel, q, k, v, records, record_factors, strides, place, group, unit, bp);
         put::<F>(&parcel, tile, factors, group * stage, group * chunk_factors, unit, bp);

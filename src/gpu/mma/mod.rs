@@ -10,7 +10,8 @@ use cubecl::ir::StorageType;
 use cubecl::ir::features::MmaConfig;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
-use delta_rule_kernels::mma::{Blueprint, CHUNK, Pass, prepare};
+use delta_rule_kernels::mma::prepare::{prepare, prepare_by_channel};
+use delta_rule_kernels::mma::{Blueprint, CHUNK, Pass};
 use delta_rule_kernels::{self as kernels, Spec};
 
 use super::call::{Call, Table, array, cubes, strides};
@@ -166,11 +167,15 @@ impl<'a, R: Runtime> Launches<'a, R> {
         let call = self.call;
         // It does not depend on how the values are dealt.
         let bp = Blueprint { value_tile: 16, held: 1, groups: 1, ..bp.recorded() };
+        let launch = match bp.spec.decay {
+            kernels::Decay::Channel => prepare_by_channel::launch_unchecked::<R>,
+            _ => prepare::launch_unchecked::<R>,
+        };
         // Safety: every index lies inside its buffer, as `checked` has found from shapes and strides.
         unsafe {
-            prepare::launch_unchecked::<R>(
+            launch(
                 self.client,
-                cubes(self.client, records.count),
+                cubes(self.client, records.count.div_ceil(bp.prepared_chunks())),
                 CubeDim::new_1d(bp.prepare_units() as u32),
                 self.arg(Some(&call.q)),
                 self.arg(Some(&call.k)),

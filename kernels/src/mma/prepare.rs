@@ -1,0 +1,233 @@
+//! What all cubes that share a head need of a chunk, by a launch of its own.
+
+use cubecl::prelude::*;
+
+use super::blueprint::{BLOCK_UNITS, Blueprint, CHUNK, GROUP_UNITS};
+use super::channel::{gram_by_channel, read_channel_gates};
+use super::chunk::{Target, finish, finish_all, new_leaves};
+use super::gates::read_gates;
+use super::gram::products_of_chunk;
+use super::new_factors;
+use super::stage::{
+    Place, StagedStrides, block_rows, decayed_key_rows, key_rows, new_parcel, put_rows, query_rows,
+    record_rows, send_for_keys, sequence_of,
+};
+use super::tile::{Mma, Tile, V8};
+use crate::record::Strides;
+
+/// Chunk `id / heads` of all sequences and head `id % heads`: its place, and which chunk of its sequence it is.
+#[cube]
+fn place_of(
+    table: &Array<u32>,
+    id: u32,
+    tokens: u32,
+    sequences: u32,
+    chunks: u32,
+    heads: u32,
+    group: u32,
+    #[comptime] bp: Blueprint,
+) -> (Place, usize) {
+    let chunk = id / heads;
+    let hv = (id % heads) as usize;
+    let n = if comptime!(bp.packed) {
+        table[(4 * sequences + chunk) as usize] as usize
+    } else {
+        (chunk / (chunks / sequences)) as usize
+    };
+    let seq = sequence_of(table, n, tokens, bp.packed, bp.spec.micro_steps);
+    let steps = seq.tokens * comptime!(bp.spec.micro_steps);
+    let place = Place {
+        seq,
+        n,
+        h: hv / group as usize,
+        hv,
+        heads: heads as usize,
+        v0: 0usize,
+        steps,
+        chunks: steps.div_ceil(CHUNK),
+    };
+    (place, chunk as usize - seq.first_chunk)
+}
+
+/// Prepares every chunk where there is one gate per head, or none: a record of blocks, and one of factors, for each chunk
+/// and value head. Every plane takes one of them by itself. For arguments see [`forward`](mod@super::forward).
+#[cube(launch_unchecked, fast_math = FastMath::all(), address_type = "u64")]
+pub fn prepare<F: Float, B: Float, G: Float>(
+    q: &Array<Vector<F, V8>>,
+    k: &Array<Vector<F, V8>>,
+    beta: &Array<B>,
+    g: &Array<G>,
+    a_log: &Array<f32>,
+    dt_bias: &Array<f32>,
+    table: &Array<u32>,
+    records: &mut Array<Vector<F, V8>>,
+    record_factors: &mut Array<f32>,
+    q_at: Strides,
+    k_at: Strides,
+    beta_at: Strides,
+    g_at: Strides,
+    tokens: u32,
+    sequences: u32,
+    chunks: u32,
+    heads: u32,
+    group: u32,
+    scale: f32,
+    lower_bound: f32,
+    #[comptime] bp: Blueprint,
+    #[define(F, B, G)] _types: [StorageType; 3],
+) {
+    let planes = comptime!(bp.prepare_planes());
+    let lane = UNIT_POS_X as usize % 32;
+    let plane = UNIT_POS_X as usize / 32;
+    // 32 bits, in which division is fast: there is no room for more records.
+    let id = CUBE_POS as u32 * comptime!(planes as u32) + plane as u32;
+    if id >= chunks * heads {
+        terminate!();
+    }
+    let (place, c) = place_of(table, id, tokens, sequences, chunks, heads, group, bp);
+    let strides = StagedStrides { q: q_at, k: k_at, v: k_at };
+    let mut tile = Tile::<F>::new_aligned(comptime!(planes * bp.chunk_blocks() * BLOCK_UNITS), 128usize);
+    let mut factors = new_factors(planes, bp);
+    let mut leaves = new_leaves(planes);
+    let mma = Mma::<F>::new(16usize, 8usize, 16usize);
+
+    let products = products_of_chunk::<F>(&mma, q, k, &strides, &place, c, lane, bp);
+    let raw = read_gates(beta, g, &beta_at, &g_at, &place, c, lane, bp);
+    let to = Target::of_plane(plane, bp);
+    finish_all::<F>(
+        &mma,
+        &mut tile,
+        &mut factors,
+        &mut leaves,
+        &products,
+        &raw,
+        a_log,
+        dt_bias,
+        lower_bound,
+        scale,
+        &place,
+        c,
+        to,
+        lane,
+        bp,
+    );
+    sync_plane();
+    let record = id as usize * comptime!(bp.record().0) + lane;
+    #[unroll]
+    for i in 0..comptime!(bp.chunk_blocks()) {
+        records[record + comptime!(i * BLOCK_UNITS)] = tile[to.blocks + comptime!(i * BLOCK_UNITS) + lane];
+    }
+    let record = id as usize * comptime!(bp.factors());
+    #[unroll]
+    for round in 0..comptime!(bp.factors().div_ceil(32)) {
+        let i = lane + comptime!(32 * round);
+        if i < comptime!(bp.factors()) {
+            record_factors[record + i] = factors[to.factors + i];
+        }
+    }
+}
+
+/// The same for gates per channel, a cube for each chunk and head: rows decayed to the start and the end of their chunk are
+/// part of the record.
+#[cube(launch_unchecked, fast_math = FastMath::all(), address_type = "u64")]
+pub fn prepare_by_channel<F: Float, B: Float, G: Float>(
+    q: &Array<Vector<F, V8>>,
+    k: &Array<Vector<F, V8>>,
+    beta: &Array<B>,
+    g: &Array<G>,
+    a_log: &Array<f32>,
+    dt_bias: &Array<f32>,
+    table: &Array<u32>,
+    records: &mut Array<Vector<F, V8>>,
+    record_factors: &mut Array<f32>,
+    q_at: Strides,
+    k_at: Strides,
+    beta_at: Strides,
+    g_at: Strides,
+    tokens: u32,
+    sequences: u32,
+    chunks: u32,
+    heads: u32,
+    group: u32,
+    scale: f32,
+    lower_bound: f32,
+    #[comptime] bp: Blueprint,
+    #[define(F, B, G)] _types: [StorageType; 3],
+) {
+    let id = CUBE_POS as u32;
+    if id >= chunks * heads {
+        terminate!();
+    }
+    let (place, c) = place_of(table, id, tokens, sequences, chunks, heads, group, bp);
+    let strides = StagedStrides { q: q_at, k: k_at, v: k_at };
+    let mut tile = Tile::<F>::new_aligned(comptime!(bp.prepare_memory()), 128usize);
+    let mut factors = new_factors(1usize, bp);
+    let mut leaves = new_leaves(1usize);
+    let mma = Mma::<F>::new(16usize, 8usize, 16usize);
+    let unit = UNIT_POS_X as usize;
+    let lane = unit % 32;
+    let block = unit / 32;
+
+    let fetches = unit < GROUP_UNITS;
+    let mut parcel = new_parcel::<F>(bp);
+    if fetches {
+        send_for_keys::<F>(&mut parcel, q, k, &strides, &place, c, unit, bp);
+    }
+    let raw = read_gates(beta, g, &beta_at, &g_at, &place, c, lane, bp);
+    let raw_channels = read_channel_gates(g, &g_at, &place, c, unit, bp);
+    if fetches {
+        put_rows::<F>(&parcel, &mut tile, 0usize, unit, comptime!(key_rows(bp)));
+        put_rows::<F>(&parcel, &mut tile, 0usize, unit, comptime!(query_rows(bp)));
+    }
+    sync_cube();
+    let products = gram_by_channel::<F>(
+        &mma,
+        &mut tile,
+        &mut factors,
+        &raw_channels,
+        a_log,
+        dt_bias,
+        lower_bound,
+        &place,
+        c,
+        unit,
+        bp,
+    );
+    let to = Target::of_stage(0usize, bp);
+    finish::<F>(
+        &mma,
+        &mut tile,
+        &mut factors,
+        &mut leaves,
+        &products,
+        &raw,
+        a_log,
+        dt_bias,
+        lower_bound,
+        scale,
+        &place,
+        c,
+        to,
+        block,
+        lane,
+        bp,
+    );
+    sync_cube();
+    if fetches {
+        let mut at = id as usize * comptime!(bp.record().0);
+        record_rows::<F>(&tile, records, at, unit, comptime!(key_rows(bp)));
+        at += comptime!(key_rows(bp).units());
+        record_rows::<F>(&tile, records, at, unit, comptime!(query_rows(bp)));
+        at += comptime!(query_rows(bp).units());
+        record_rows::<F>(&tile, records, at, unit, comptime!(decayed_key_rows(bp)));
+        at += comptime!(decayed_key_rows(bp).units());
+        record_rows::<F>(&tile, records, at, unit, comptime!(block_rows(bp)));
+    }
+    #[unroll]
+    for round in 0..comptime!(bp.factors().div_ceil(bp.prepare_units())) {
+        let i = unit + comptime!(round * bp.prepare_units());
+        if i < comptime!(bp.factors()) {
+            record_factors[id as usize * comptime!(bp.factors()) + i] = factors[i];
+        }
+    }
+}
