@@ -16,13 +16,13 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{
-    BLOCK_UNITS, BLOCKS, Blueprint, CHUNK, DECAY_AT, ERASE_AT, ERASE_BLOCK, LEAF_PAIRS, LEAF_ROW, READ_AT,
-    TILE, WRITE_AT,
+    BLOCK_UNITS, BLOCKS, Blueprint, CHUNK, DECAY_AT, ERASE_BLOCK, LEAF_PAIRS, LEAF_ROW, READ_AT, TILE,
 };
 use super::gates::{Gates, Raw, gates};
 use super::gram::Gram;
+use super::inverse::leave_inverse;
 use super::stage::Place;
-use super::tile::{Acc, Mma, Tile, V2, V8, in_block, scale_columns, store, to_frag};
+use super::tile::{Acc, Mma, Tile, V2, in_block, scale_columns, store, to_frag};
 use crate::math::gate_constants;
 use crate::spec::Decay;
 
@@ -235,7 +235,6 @@ pub(crate) fn finish_all<F: Float>(
     #[unroll]
     for block in 0..BLOCKS {
         leave_products::<F>(mma, tile, factors, leaves, grams.index(block), &gates, to, block, lane, bp);
-        sync_plane();
     }
     sync_plane();
     let lo = of_row(reciprocal_norms(grams.index(0usize), bp), lane % TILE);
@@ -246,7 +245,6 @@ pub(crate) fn finish_all<F: Float>(
     for block in 0..comptime!(bp.read_blocks()) {
         let gram = grams.index(comptime!(BLOCKS + block));
         finish_queries::<F>(mma, tile, factors, gram, &gates, scale, c, to, block, lane, bp);
-        sync_plane();
     }
 }
 
@@ -323,80 +321,6 @@ fn leave_products<F: Float>(
     }
 }
 
-/// Leaves row `row` of $\mathrm{diag}(\rho)(I + L)^{-1}\mathrm{diag}(\beta)$, or of the inverse alone, and the factors of
-/// that micro-step, if this unit `works`.
-#[cube]
-fn leave_inverse<F: Float>(
-    tile: &mut Tile<F>,
-    factors: &mut SharedMemory<f32>,
-    leaves: &SharedMemory<Vector<f32, V2>>,
-    gates: &Gates,
-    rho: f32,
-    to: Target,
-    row: usize,
-    works: bool,
-    #[comptime] bp: Blueprint,
-) {
-    let backward = comptime!(bp.pass.is_backward());
-    let block = row / TILE;
-    let own = row % TILE;
-    let t = invert_row(leaves, to.leaves + block * LEAF_PAIRS, own);
-    let sum = plane_shuffle(gates.sum, row as u32);
-    if works {
-        let at = to.factors + row;
-        factors[at + ERASE_AT] = rho * f32::exp(sum);
-        factors[at + WRITE_AT] = f32::exp(gates.total - sum);
-    }
-    if comptime!(backward) {
-        let beta = plane_shuffle(gates.beta, row as u32);
-        if works {
-            factors[to.factors + comptime!(bp.betas_at()) + row] = rho * beta;
-        }
-    }
-    let at = to.blocks + block * BLOCK_UNITS;
-    #[unroll]
-    for half in 0..2usize {
-        let mut x = Vector::<F, V8>::cast_from(0.0f32);
-        #[unroll]
-        for e in 0..8usize {
-            let j = comptime!(8 * half + e);
-            if comptime!(backward) {
-                x[e] = F::cast_from(t[j]);
-            } else {
-                let b = plane_shuffle(gates.beta, (block * TILE + j) as u32);
-                x[e] = F::cast_from(rho * t[j] * b);
-            }
-        }
-        if works {
-            tile[at + in_block(own, half)] = x;
-        }
-    }
-}
-
-/// Row `i` of $(I + L)^{-1}$ by substitution from the right: $t_j = \delta_{ij} - \sum_{m>j} t_m L_{mj}$.
-#[cube]
-fn invert_row(leaves: &SharedMemory<Vector<f32, V2>>, leaf: usize, i: usize) -> Array<f32> {
-    let mut t = Array::<f32>::new(TILE);
-    #[unroll]
-    for j in 0..TILE {
-        t[j] = select(i == j, 1.0f32, 0.0f32);
-    }
-    #[unroll]
-    for down in 0..comptime!(TILE - 1) {
-        let m = comptime!(TILE - 1 - down);
-        let x = -t[m];
-        #[unroll]
-        for pair in 0..comptime!(m.div_ceil(2)) {
-            let l = leaves[leaf + comptime!(m * LEAF_ROW) + pair];
-            t[comptime!(2 * pair)] = fma(x, l[0], t[comptime!(2 * pair)]);
-            if comptime!(2 * pair + 1 < m) {
-                t[comptime!(2 * pair + 1)] = fma(x, l[1], t[comptime!(2 * pair + 1)]);
-            }
-        }
-    }
-    t
-}
-
 #[cube]
 fn finish_queries<F: Float>(
     mma: &Mma<F>,
@@ -446,10 +370,4 @@ fn finish_queries<F: Float>(
         factors[to.factors + READ_AT + row] = norms[0] * f32::exp(sums[0]);
         factors[to.factors + READ_AT + row + 8] = norms[1] * f32::exp(sums[1]);
     }
-}
-
-/// Scratch for the leaves of as many chunks at a time.
-#[cube]
-pub(crate) fn new_leaves(#[comptime] chunks: usize) -> SharedMemory<Vector<f32, V2>> {
-    SharedMemory::<Vector<f32, V2>>::new(comptime!(chunks * BLOCKS * LEAF_PAIRS))
 }

@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::blueprint::{BLOCKS, Blueprint, TILE};
 use super::stage::{Place, Source, StagedStrides, keys_of, queries_of};
 use super::tile::{
-    AHEAD, Acc, Frag, Mma, Tile, V2, V4, V8, by_columns, by_depth, load, mma2, unpack, zeros,
+    AHEAD, Acc, Frag, Mma, Tile, V2, V4, V8, as_right, by_columns, by_depth, load, mma2, unpack, zeros,
 };
 
 /// 16 rows of [K; Q] times all keys of the chunk, and the squares of the rows' norms (rows `lane / 4` and 8
@@ -216,17 +216,6 @@ fn read_row<F: Float>(
         x = Vector::reinterpret(src[source.from + (row * source.stride + col) as usize]);
     }
     x
-}
-
-/// A left operand as a right one: its rows as columns.
-#[cube]
-fn as_right<F: Float>(left: &Frag<F>) -> Frag<F> {
-    let mut f = Frag::<F>::new(4usize);
-    f[0] = left[0];
-    f[1] = left[2];
-    f[2] = left[1];
-    f[3] = left[3];
-    f
 }
 
 /// The sum over the four units that share a row.

@@ -28,10 +28,13 @@ mod blueprint;
 mod channel;
 mod chunk;
 pub mod combine;
+mod fetch;
 mod gates;
 pub mod gradients;
 mod gram;
 mod held;
+mod inverse;
+mod parcel;
 mod planes;
 pub mod prepare;
 mod scan;
@@ -46,12 +49,15 @@ pub use blueprint::{Blueprint, CHUNK, Pass, TILE};
 use cubecl::prelude::*;
 
 use crate::record::{StateStrides, Strides};
-use chunk::{Target, finish, new_leaves};
+use chunk::{Target, finish};
+use fetch::{fetch_chunks, store_chunk, store_last};
 use gates::read_gates;
 use gram::multiply_keys;
+use inverse::new_leaves;
+use parcel::{exchange, new_parcel};
 use planes::Fetcher;
 use scan::scan_chunk;
-use stage::{Place, StagedStrides, new_parcel, put, send_for, sequence_of, store_outputs};
+use stage::{Place, StagedStrides, sequence_of};
 use state::{Lane, load_state, store_state};
 use tile::{Mma, Tile, V8};
 
@@ -137,7 +143,6 @@ pub fn forward<F: Float, B: Float, G: Float>(
     let scanners = comptime!(bp.scanners());
     let fetcher = Fetcher::new(UNIT_POS as usize, bp);
     let groups = comptime!(bp.groups);
-    let chunk_factors = comptime!(bp.factors());
     let outputs = comptime!(bp.outputs_at());
     let chunk_outputs = comptime!(bp.outputs());
     if plane < scanners {
@@ -159,32 +164,79 @@ pub fn forward<F: Float, B: Float, G: Float>(
             store_state(&state, final_state, &final_at, &place, at, bp);
         }
     } else if fetcher.works {
-        let (group, unit) = (fetcher.group, fetcher.unit);
-        let block = unit / 32;
-        let mut parcel = new_parcel::<F>(bp);
-        send_for::<F>(&mut parcel, q, k, v, records, record_factors, &strides, &place, group, unit, bp);
-        put::<F>(&parcel, &mut tile, &mut factors, group * stage, group * chunk_factors, unit, bp);
-        let mut raw = read_gates(beta, g, &beta_at, &g_at, &place, group, lane, bp);
-        sync_cube();
-        if group > 0 {
-            sync_cube();
-        }
-        // Chunk `next` is ready when the barrier at the end is passed.
-        let mut next = group;
-        while next <= place.chunks {
-            let mut parcel = new_parcel::<F>(bp);
-            let after = next + groups;
-            send_for::<F>(&mut parcel, q, k, v, records, record_factors, &strides, &place, after, unit, bp);
-            let later = read_gates(beta, g, &beta_at, &g_at, &place, after, lane, bp);
-            if next > groups {
-                let c = next - groups - 1;
-                store_outputs::<F>(&tile, outputs + c % 2 * chunk_outputs, o, &o_at, &place, c, unit, bp);
+        if comptime!(bp.prepared) {
+            fetch_chunks::<F>(
+                q,
+                k,
+                v,
+                records,
+                record_factors,
+                o,
+                &o_at,
+                &strides,
+                &place,
+                &mut tile,
+                &mut factors,
+                fetcher,
+                bp,
+            );
+        } else {
+            let Fetcher { group, unit, .. } = fetcher;
+            let block = unit / 32;
+            let mut parcel = new_parcel(bp);
+            #[unroll]
+            for i in 0..2usize {
+                exchange::<F>(
+                    &mut parcel,
+                    &mut tile,
+                    &mut factors,
+                    group,
+                    q,
+                    k,
+                    v,
+                    records,
+                    record_factors,
+                    &strides,
+                    &place,
+                    group,
+                    unit,
+                    comptime!(i == 1),
+                    comptime!(i == 0),
+                    bp,
+                );
             }
-            if comptime!(bp.prepared) {
-                if comptime!(groups > 1) {
-                    sync_cube();
+            let mut raw = read_gates(beta, g, &beta_at, &g_at, &place, group, lane, bp);
+            sync_cube();
+            if group > 0 {
+                sync_cube();
+            }
+            // Chunk `next` is ready when the barrier at the end is passed.
+            let mut next = group;
+            while next <= place.chunks {
+                let after = next + groups;
+                let mut parcel = new_parcel(bp);
+                exchange::<F>(
+                    &mut parcel,
+                    &mut tile,
+                    &mut factors,
+                    after % stages,
+                    q,
+                    k,
+                    v,
+                    records,
+                    record_factors,
+                    &strides,
+                    &place,
+                    after,
+                    unit,
+                    false,
+                    true,
+                    bp,
+                );
+                let later = read_gates(beta, g, &beta_at, &g_at, &place, after, lane, bp);
+                if next > groups {
+                    store_chunk::<F>(&tile, o, &o_at, &place, next - groups - 1, unit, bp);
                 }
-            } else {
                 let at_stage = next % stages;
                 let products = multiply_keys::<F>(&mma, &tile, at_stage * stage, block, lane, bp);
                 if comptime!(groups > 1) {
@@ -209,21 +261,30 @@ pub fn forward<F: Float, B: Float, G: Float>(
                     lane,
                     bp,
                 );
+                exchange::<F>(
+                    &mut parcel,
+                    &mut tile,
+                    &mut factors,
+                    after % stages,
+                    q,
+                    k,
+                    v,
+                    records,
+                    record_factors,
+                    &strides,
+                    &place,
+                    after,
+                    unit,
+                    true,
+                    false,
+                    bp,
+                );
+                raw.beta = later.beta;
+                raw.g = later.g;
+                next = after;
+                sync_cube();
             }
-            let at_stage = after % stages;
-            put::<F>(&parcel, &mut tile, &mut factors, at_stage * stage, at_stage * chunk_factors, unit, bp);
-            raw.beta = later.beta;
-            raw.g = later.g;
-            next = after;
-            sync_cube();
-        }
-        if next < place.chunks + groups {
-            sync_cube();
-        }
-        // The last outputs, one chunk for each group.
-        if group < place.chunks {
-            let c = place.chunks - 1 - group;
-            store_outputs::<F>(&tile, outputs + c % 2 * chunk_outputs, o, &o_at, &place, c, unit, bp);
+            store_last::<F>(&tile, o, &o_at, &place, next, fetcher, bp);
         }
     }
 }

@@ -4,13 +4,14 @@ use cubecl::prelude::*;
 
 use super::blueprint::{BLOCK_UNITS, Blueprint, CHUNK, GROUP_UNITS};
 use super::channel::{gram_by_channel, read_channel_gates};
-use super::chunk::{Target, finish, finish_all, new_leaves};
+use super::chunk::{Target, finish, finish_all};
 use super::gates::read_gates;
 use super::gram::products_of_chunk;
+use super::inverse::new_leaves;
 use super::new_factors;
+use super::parcel::{new_parcel, put_rows, send_for_keys};
 use super::stage::{
-    Place, StagedStrides, block_rows, decayed_key_rows, key_rows, new_parcel, put_rows, query_rows,
-    record_rows, send_for_keys, sequence_of,
+    Place, StagedStrides, block_rows, decayed_key_rows, key_rows, query_rows, record_rows, sequence_of,
 };
 use super::tile::{Mma, Tile, V8};
 use crate::record::Strides;
@@ -92,6 +93,7 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
 
     let products = products_of_chunk::<F>(&mma, q, k, &strides, &place, c, lane, bp);
+    // Any earlier, and exponentials of gates would take registers beside the products.
     let raw = read_gates(beta, g, &beta_at, &g_at, &place, c, lane, bp);
     let to = Target::of_plane(plane, bp);
     finish_all::<F>(
@@ -169,7 +171,7 @@ pub fn prepare_by_channel<F: Float, B: Float, G: Float>(
     let block = unit / 32;
 
     let fetches = unit < GROUP_UNITS;
-    let mut parcel = new_parcel::<F>(bp);
+    let mut parcel = new_parcel(bp);
     if fetches {
         send_for_keys::<F>(&mut parcel, q, k, &strides, &place, c, unit, bp);
     }

@@ -9,10 +9,11 @@ use cubecl::prelude::*;
 
 use super::blueprint::{Blueprint, CHUNK, Pass};
 use super::chunk::Target;
+use super::fetch::fetch_chunks;
 use super::new_factors;
 use super::planes::Fetcher;
 use super::scan::scan_chunk;
-use super::stage::{Place, StagedStrides, least, new_parcel, put, send_for, sequence_of, store_rows, turn};
+use super::stage::{Place, StagedStrides, sequence_of};
 use super::state::{Lane, keep_state, load_state, store_state};
 use super::tile::{Mma, Tile, V8};
 use super::unwind::unwind_chunk;
@@ -161,7 +162,6 @@ fn walk<F: Float>(
     let groups = comptime!(bp.groups);
     let stage = comptime!(bp.stage());
     let stages = comptime!(bp.stages());
-    let chunk_factors = comptime!(bp.factors());
     let outputs = comptime!(bp.outputs_at());
     let chunk_outputs = comptime!(bp.outputs());
     if plane < scanners {
@@ -205,65 +205,20 @@ fn walk<F: Float>(
             store_state(&state, last_state, last_at, place, at, bp);
         }
     } else if fetcher.works {
-        let (group, unit) = (fetcher.group, fetcher.unit);
-        let mut parcel = new_parcel::<F>(bp);
-        send_for::<F>(&mut parcel, q, k, v, records, record_factors, strides, place, group, unit, bp);
-        put::<F>(&parcel, tile, factors, group * stage, group * chunk_factors, unit, bp);
-        sync_cube();
-        if group > 0 {
-            sync_cube();
-        }
-        // Chunk `next` is there when the barrier at the end is passed.
-        let mut next = group;
-        while next <= place.chunks {
-            let mut parcel = new_parcel::<F>(bp);
-            let after = next + groups;
-            send_for::<F>(&mut parcel, q, k, v, records, record_factors, strides, place, after, unit, bp);
-            if next > groups {
-                let i = next - groups - 1;
-                keep_rows::<F>(tile, outputs + i % 2 * chunk_outputs, rows, rows_at, place, i, unit, bp);
-            }
-            if comptime!(groups > 1) {
-                sync_cube();
-            }
-            let at_stage = after % stages;
-            put::<F>(&parcel, tile, factors, at_stage * stage, at_stage * chunk_factors, unit, bp);
-            next = after;
-            sync_cube();
-        }
-        if next < place.chunks + groups {
-            sync_cube();
-        }
-        // The last rows, one chunk for each group.
-        if group < place.chunks {
-            let i = place.chunks - 1 - group;
-            keep_rows::<F>(tile, outputs + i % 2 * chunk_outputs, rows, rows_at, place, i, unit, bp);
-        }
+        fetch_chunks::<F>(
+            q,
+            k,
+            v,
+            records,
+            record_factors,
+            rows,
+            rows_at,
+            strides,
+            place,
+            tile,
+            factors,
+            fetcher,
+            bp,
+        );
     }
-}
-
-/// Stores the residuals, or the gradients of the values, of the `i`th chunk, which lie at `at`.
-#[cube]
-fn keep_rows<F: Float>(
-    tile: &Tile<F>,
-    at: usize,
-    rows: &mut Array<Vector<F, V8>>,
-    rows_at: &Strides,
-    place: &Place,
-    i: usize,
-    unit: usize,
-    #[comptime] bp: Blueprint,
-) {
-    let c = turn(place, i, bp);
-    let step0 = c * CHUNK;
-    let end = least(place.steps - step0, CHUNK) as u32;
-    let value_dim = comptime!(bp.spec.value_dim);
-    let mut to = ((place.seq.first_chunk + c) * place.heads + place.hv) * comptime!(CHUNK * value_dim);
-    let mut stride = comptime!(value_dim as u32).runtime();
-    if comptime!(bp.pass == Pass::Unwind) {
-        let first = place.seq.start * comptime!(bp.spec.micro_steps) + step0;
-        to = rows_at.at(place.seq.row, first, place.hv);
-        stride = rows_at.t;
-    }
-    store_rows::<F>(tile, at, rows, (to + place.v0) / 8, stride / 8, end, place, unit, bp);
 }

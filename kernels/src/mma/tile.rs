@@ -113,6 +113,17 @@ pub(crate) fn unpack<F: Float>(x: Vector<F, V8>) -> Frag<F> {
     f
 }
 
+/// A left operand as a right one, its rows as columns; or the reverse.
+#[cube]
+pub(crate) fn as_right<F: Float>(left: &Frag<F>) -> Frag<F> {
+    let mut f = Frag::<F>::new(4usize);
+    f[0] = left[0];
+    f[1] = left[2];
+    f[2] = left[1];
+    f[3] = left[3];
+    f
+}
+
 /// Half `h` of a pair of right operands.
 #[cube]
 fn half_frag<F: Float>(f: &Frag<F>, #[comptime] h: usize) -> Frag<F> {

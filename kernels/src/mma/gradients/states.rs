@@ -6,7 +6,7 @@
 use cubecl::prelude::*;
 
 use super::super::blueprint::{BLOCK_UNITS, TILE};
-use super::super::tile::{Acc, Frag, Mma, Tile, V2, V4, V8, load, mma2, to_frag, unpack, zeros};
+use super::super::tile::{Acc, Frag, Mma, Tile, V2, V4, V8, as_right, load, mma2, to_frag, unpack, zeros};
 use super::Own;
 use super::blueprint::{GradientsBlueprint, PRODUCTS_AT, Span};
 use super::ends::dot8;
@@ -72,21 +72,10 @@ fn identity<F: Float>(lane: usize) -> Sequence<Frag<F>> {
 /// keys by values in accumulators, rounded already.
 #[cube]
 fn turned<F: Float>(mma: &Mma<F>, identity: &Sequence<Frag<F>>, x: Vector<F, V8>) -> Frag<F> {
-    let stored = unpack::<F>(x);
-    let mut right = Frag::<F>::new(4usize);
-    right[0] = stored[0];
-    right[1] = stored[2];
-    right[2] = stored[1];
-    right[3] = stored[3];
+    let right = as_right::<F>(&unpack::<F>(x));
     let mut keys = zeros(2usize);
     mma2::<F>(mma, identity, 0usize, 0usize, &right, &mut keys, 0usize, 0usize, 1usize);
-    let f = to_frag::<F>(keys.index(0usize), keys.index(1usize));
-    let mut out = Frag::<F>::new(4usize);
-    out[0] = f[0];
-    out[1] = f[2];
-    out[2] = f[1];
-    out[3] = f[3];
-    out
+    as_right::<F>(&to_frag::<F>(keys.index(0usize), keys.index(1usize)))
 }
 
 /// What [`read_states`] reads, and how many tiles are asked for before they are needed: device memory answers late, but

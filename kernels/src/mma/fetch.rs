@@ -1,0 +1,140 @@
+//! The planes that only fetch: chunks that a launch of their own has prepared go in, outputs go out.
+
+use cubecl::prelude::*;
+
+use super::blueprint::{Blueprint, CHUNK, Pass};
+use super::parcel::{exchange, new_parcel};
+use super::planes::Fetcher;
+use super::stage::{Place, StagedStrides, least, store_rows, turn};
+use super::tile::{Tile, V8};
+use crate::record::Strides;
+
+/// Fetches the chunks of the cube's sequence, one after the other or every second one, and stores what the scan leaves of
+/// them in `out`. A parcel is on its way for a whole turn of its group.
+#[cube]
+pub(crate) fn fetch_chunks<F: Float>(
+    q: &Array<Vector<F, V8>>,
+    k: &Array<Vector<F, V8>>,
+    v: &Array<Vector<F, V8>>,
+    records: &Array<Vector<F, V8>>,
+    record_factors: &Array<f32>,
+    out: &mut Array<Vector<F, V8>>,
+    out_at: &Strides,
+    strides: &StagedStrides,
+    place: &Place,
+    tile: &mut Tile<F>,
+    factors: &mut SharedMemory<f32>,
+    fetcher: Fetcher,
+    #[comptime] bp: Blueprint,
+) {
+    let Fetcher { group, unit, .. } = fetcher;
+    let groups = comptime!(bp.groups);
+    let mut parcel = new_parcel(bp);
+    #[unroll]
+    for i in 0..2usize {
+        let c = group + comptime!(i * bp.groups);
+        exchange::<F>(
+            &mut parcel,
+            tile,
+            factors,
+            group,
+            q,
+            k,
+            v,
+            records,
+            record_factors,
+            strides,
+            place,
+            c,
+            unit,
+            comptime!(i > 0),
+            true,
+            bp,
+        );
+    }
+    sync_cube();
+    if group > 0 {
+        sync_cube();
+    }
+    // Chunk `next` is there when the barrier at the end is passed.
+    let mut next = group;
+    while next <= place.chunks {
+        if next > groups {
+            store_chunk::<F>(tile, out, out_at, place, next - groups - 1, unit, bp);
+        }
+        if comptime!(groups > 1) {
+            sync_cube();
+        }
+        next += groups;
+        exchange::<F>(
+            &mut parcel,
+            tile,
+            factors,
+            next % comptime!(bp.stages()),
+            q,
+            k,
+            v,
+            records,
+            record_factors,
+            strides,
+            place,
+            next + groups,
+            unit,
+            true,
+            true,
+            bp,
+        );
+        sync_cube();
+    }
+    store_last::<F>(tile, out, out_at, place, next, fetcher, bp);
+}
+
+/// Stores the last outputs, one chunk for each group, when `next` would be the group's next chunk.
+#[cube]
+pub(crate) fn store_last<F: Float>(
+    tile: &Tile<F>,
+    out: &mut Array<Vector<F, V8>>,
+    out_at: &Strides,
+    place: &Place,
+    next: usize,
+    fetcher: Fetcher,
+    #[comptime] bp: Blueprint,
+) {
+    if next < place.chunks + comptime!(bp.groups) {
+        sync_cube();
+    }
+    if fetcher.group < place.chunks {
+        store_chunk::<F>(tile, out, out_at, place, place.chunks - 1 - fetcher.group, fetcher.unit, bp);
+    }
+}
+
+/// Stores what the scan has left of its `i`th chunk: outputs; residuals, chunk by chunk and head by head; or the gradients
+/// of the values.
+#[cube]
+pub(crate) fn store_chunk<F: Float>(
+    tile: &Tile<F>,
+    out: &mut Array<Vector<F, V8>>,
+    out_at: &Strides,
+    place: &Place,
+    i: usize,
+    unit: usize,
+    #[comptime] bp: Blueprint,
+) {
+    let at = comptime!(bp.outputs_at()) + i % 2 * comptime!(bp.outputs());
+    let c = turn(place, i, bp);
+    let seq = place.seq;
+    // Rows are micro-steps in the backward, tokens in the forward.
+    let n_h = comptime!(bp.spec.micro_steps);
+    let (to_row, start) = comptime!(if bp.pass.is_backward() { (1, n_h) } else { (n_h, 1) });
+    let rows = if comptime!(bp.pass.is_backward()) { place.steps } else { seq.tokens };
+    let first = c * CHUNK / to_row;
+    let end = (least((c + 1) * CHUNK / to_row, rows) - first) as u32;
+    let value_dim = comptime!(bp.spec.value_dim);
+    let mut to = ((seq.first_chunk + c) * place.heads + place.hv) * comptime!(CHUNK * value_dim);
+    let mut stride = comptime!(value_dim as u32).runtime();
+    if comptime!(bp.pass != Pass::Replay) {
+        to = out_at.at(seq.row, seq.start * start + first, place.hv);
+        stride = out_at.t;
+    }
+    store_rows::<F>(tile, at, out, (to + place.v0) / 8, stride / 8, end, place, unit, bp);
+}

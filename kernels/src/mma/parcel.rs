@@ -1,0 +1,272 @@
+//! What one unit carries of a chunk from device memory to shared memory.
+
+use cubecl::prelude::*;
+
+use super::blueprint::{Blueprint, CHUNK, Pass};
+use super::stage::{
+    Place, Rows, Source, StagedStrides, block_rows, decayed_key_rows, key_rows, keys_of, least, queries_of,
+    query_rows, turn, value_rows,
+};
+use super::tile::{Tile, V4, V8};
+use crate::record::Strides;
+
+/// One unit's share of a chunk's inputs, on the way through its registers. Words: elements of 16 bits, kept from turn to
+/// turn, the compiler would take apart, and wait for.
+#[derive(CubeType)]
+pub(crate) struct Parcel {
+    units: Array<Vector<u32, V4>>,
+    floats: Array<f32>,
+    /// Rows of output gradients; those behind them are zeros.
+    reads: u32,
+}
+
+fn parcel_units(bp: Blueprint) -> usize {
+    let last = block_rows(bp);
+    last.first + last.rounds()
+}
+
+/// Rounds of floats in a parcel.
+fn parcel_floats(bp: Blueprint) -> usize {
+    if bp.prepared { bp.factors().div_ceil(bp.group_units()) } else { 0 }
+}
+
+/// Room for a parcel.
+#[cube]
+pub(crate) fn new_parcel(#[comptime] bp: Blueprint) -> Parcel {
+    Parcel {
+        units: Array::new(comptime!(parcel_units(bp))),
+        floats: Array::new(comptime!(parcel_floats(bp).max(1))),
+        reads: 0u32,
+    }
+}
+
+/// Sends for the keys and queries of chunk `c`.
+#[cube]
+pub(crate) fn send_for_keys<F: Float>(
+    parcel: &mut Parcel,
+    q: &Array<Vector<F, V8>>,
+    k: &Array<Vector<F, V8>>,
+    strides: &StagedStrides,
+    place: &Place,
+    c: usize,
+    unit: usize,
+    #[comptime] bp: Blueprint,
+) {
+    let keys = keys_of(&strides.k, place, c, bp);
+    fetch_rows::<F>(k, keys, 1000u32, parcel, unit, comptime!(key_rows(bp)), false);
+    let queries = queries_of(&strides.q, place, c, bp);
+    fetch_rows::<F>(q, queries, 1000u32, parcel, unit, comptime!(query_rows(bp)), false);
+}
+
+/// Puts a parcel into stage `stage`, if it `holds` one, and `sends` for all that the scan needs of its chunk `c` in its
+/// place: the values (or output gradients), and the keys and queries or their record. Piece by piece: each is asked for
+/// as soon as its registers are free. Past the last chunk there is nothing to send for.
+#[cube]
+pub(crate) fn exchange<F: Float>(
+    parcel: &mut Parcel,
+    to: &mut Tile<F>,
+    factors: &mut SharedMemory<f32>,
+    stage: usize,
+    q: &Array<Vector<F, V8>>,
+    k: &Array<Vector<F, V8>>,
+    v: &Array<Vector<F, V8>>,
+    records: &Array<Vector<F, V8>>,
+    record_factors: &Array<f32>,
+    strides: &StagedStrides,
+    place: &Place,
+    c: usize,
+    unit: usize,
+    #[comptime] holds: bool,
+    #[comptime] sends: bool,
+    #[comptime] bp: Blueprint,
+) {
+    let sends = comptime!(sends).runtime() && c < place.chunks;
+    let c = turn(place, c, bp);
+    let record = (place.seq.first_chunk + c) * place.heads + place.hv;
+    let first = record * comptime!(bp.record().0);
+    let at = stage * comptime!(bp.stage());
+    let (keys, queries, decayed) = comptime!((key_rows(bp), query_rows(bp), decayed_key_rows(bp)));
+    // Where they begin in a record.
+    let queries_at = comptime!(keys.units());
+    let decayed_at = comptime!(queries_at + query_rows(bp.recorded()).units());
+    let blocks_at = comptime!(if bp.by_channel() { decayed_at + decayed.units() } else { 0 });
+
+    if comptime!(holds) {
+        put_rows::<F>(parcel, to, at, unit, keys);
+    }
+    if sends {
+        if comptime!(bp.by_channel()) {
+            fetch_all::<F>(records, first, parcel, unit, keys);
+        } else {
+            fetch_rows::<F>(k, keys_of(&strides.k, place, c, bp), 1000u32, parcel, unit, keys, false);
+        }
+    }
+    if comptime!(holds) {
+        put_rows::<F>(parcel, to, at, unit, queries);
+    }
+    if sends {
+        if comptime!(bp.by_channel()) {
+            fetch_all::<F>(records, first + queries_at, parcel, unit, queries);
+        } else {
+            fetch_rows::<F>(q, queries_of(&strides.q, place, c, bp), 1000u32, parcel, unit, queries, false);
+        }
+    }
+    if comptime!(holds) {
+        put_rows::<F>(parcel, to, at, unit, decayed);
+        put_rows::<F>(parcel, to, at, unit, comptime!(block_rows(bp)));
+        put_floats(parcel, factors, stage, unit, bp);
+    }
+    if sends {
+        fetch_all::<F>(records, first + decayed_at, parcel, unit, decayed);
+        fetch_all::<F>(records, first + blocks_at, parcel, unit, comptime!(block_rows(bp)));
+        fetch_floats(parcel, record_factors, record, unit, bp);
+    }
+    if comptime!(holds) {
+        put_rows::<F>(parcel, to, at, unit, comptime!(value_rows(bp)));
+    }
+    if sends {
+        fetch_values::<F>(parcel, v, &strides.v, place, c, unit, bp);
+    }
+}
+
+/// The factors of a chunk.
+#[cube]
+fn fetch_floats(
+    parcel: &mut Parcel,
+    record_factors: &Array<f32>,
+    record: usize,
+    unit: usize,
+    #[comptime] bp: Blueprint,
+) {
+    #[unroll]
+    for round in 0..comptime!(parcel_floats(bp)) {
+        let i = unit + comptime!(round * bp.group_units());
+        if i < comptime!(bp.factors()) {
+            parcel.floats[round] = record_factors[record * comptime!(bp.factors()) + i];
+        }
+    }
+}
+
+#[cube]
+fn put_floats(
+    parcel: &Parcel,
+    factors: &mut SharedMemory<f32>,
+    stage: usize,
+    unit: usize,
+    #[comptime] bp: Blueprint,
+) {
+    #[unroll]
+    for round in 0..comptime!(parcel_floats(bp)) {
+        let i = unit + comptime!(round * bp.group_units());
+        if i < comptime!(bp.factors()) {
+            factors[stage * comptime!(bp.factors()) + i] = parcel.floats[round];
+        }
+    }
+}
+
+/// The values of chunk `c`, or its output gradients.
+#[cube]
+fn fetch_values<F: Float>(
+    parcel: &mut Parcel,
+    v: &Array<Vector<F, V8>>,
+    v_at: &Strides,
+    place: &Place,
+    c: usize,
+    unit: usize,
+    #[comptime] bp: Blueprint,
+) {
+    let n_h = comptime!(bp.spec.micro_steps);
+    let step0 = c * CHUNK;
+    let seq = place.seq;
+    let mut first = seq.start * n_h + step0;
+    let mut last = (place.steps - 1 - step0) as u32;
+    if comptime!(bp.pass == Pass::Unwind) {
+        let token0 = step0 / n_h;
+        first = seq.start + token0;
+        parcel.reads = (least((c + 1) * CHUNK / n_h, seq.tokens) - token0) as u32;
+        last = (seq.tokens - 1 - token0) as u32;
+    }
+    let from = (v_at.at(seq.row, first, place.hv) + place.v0) / 8;
+    // The rows of the transfer, behind the values, write nothing.
+    let transfer = comptime!(bp.pass == Pass::Transfer);
+    let channels = comptime!(bp.spec.value_dim).runtime();
+    let cols = if comptime!(transfer) {
+        select(place.v0 < channels, channels - place.v0, 0usize) / 8
+    } else {
+        (channels - place.v0) / 8
+    };
+    let source = Source { from, stride: v_at.t / 8, last };
+    let values = comptime!(value_rows(bp));
+    fetch_rows::<F>(v, source, cols as u32, parcel, unit, values, transfer);
+}
+
+/// Columns from `cols` on repeat the last one, unless they are to be zeros.
+#[cube]
+fn fetch_rows<F: Float>(
+    src: &Array<Vector<F, V8>>,
+    source: Source,
+    cols: u32,
+    parcel: &mut Parcel,
+    unit: usize,
+    #[comptime] rows: Rows,
+    #[comptime] zeros: bool,
+) {
+    #[unroll]
+    for round in 0..comptime!(rows.rounds()) {
+        let i = unit as u32 + comptime!((round * rows.group) as u32);
+        let row = u32::min(i / comptime!(rows.cols as u32), source.last);
+        let col = i % comptime!(rows.cols as u32);
+        let at = source.from + (row * source.stride + u32::min(col, cols - 1)) as usize;
+        let to = comptime!(rows.first + round);
+        if comptime!(zeros) {
+            let mut x = Vector::<u32, V4>::cast_from(0u32);
+            if col < cols {
+                x = Vector::reinterpret(src[at]);
+            }
+            parcel.units[to] = x;
+        } else {
+            parcel.units[to] = Vector::reinterpret(src[at]);
+        }
+    }
+}
+
+/// Rows that lie one behind the other.
+#[cube]
+fn fetch_all<F: Float>(
+    src: &Array<Vector<F, V8>>,
+    from: usize,
+    parcel: &mut Parcel,
+    unit: usize,
+    #[comptime] rows: Rows,
+) {
+    #[unroll]
+    for round in 0..comptime!(rows.rounds()) {
+        let i = unit + comptime!(round * rows.group);
+        if comptime!((round + 1) * rows.group <= rows.units()) || i < comptime!(rows.units()) {
+            parcel.units[comptime!(rows.first + round)] = Vector::reinterpret(src[from + i]);
+        }
+    }
+}
+
+#[cube]
+pub(crate) fn put_rows<F: Float>(
+    parcel: &Parcel,
+    to: &mut Tile<F>,
+    at: usize,
+    unit: usize,
+    #[comptime] rows: Rows,
+) {
+    #[unroll]
+    for round in 0..comptime!(rows.rounds()) {
+        let i = unit as u32 + comptime!((round * rows.group) as u32);
+        let row = i / comptime!(rows.cols as u32);
+        let col = i % comptime!(rows.cols as u32);
+        if comptime!((round + 1) * rows.group <= rows.units()) || row < comptime!(rows.rows as u32) {
+            let into = (row * comptime!(rows.ld as u32) + col) as usize;
+            to[at + rows.at + into] = Vector::reinterpret(parcel.units[comptime!(rows.first + round)]);
+            if comptime!(rows.cleared) && row >= parcel.reads {
+                to[at + rows.at + into] = Vector::cast_from(0.0f32);
+            }
+        }
+    }
+}
