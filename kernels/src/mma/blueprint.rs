@@ -68,7 +68,12 @@ impl Blueprint {
 
     /// Units of a cube.
     pub fn units(&self) -> usize {
-        32 * if self.keeps_apart() { SCHEDULERS * self.groups } else { self.scanners() + GROUP * self.groups }
+        // Two planes more than have work: of cubes of 256 units `ptxas` would make two fit, with spills.
+        32 * if self.keeps_apart() {
+            SCHEDULERS * self.groups + 2
+        } else {
+            self.scanners() + GROUP * self.groups
+        }
     }
 
     /// Whether the planes that fetch leave the schedulers of those that scan alone: see `planes.rs`.

@@ -113,10 +113,10 @@ pub(crate) fn products_of_chunk<F: Float>(
     let keys = keys_of(&strides.k, place, c, bp);
     let queries = queries_of(&strides.q, place, c, bp);
     let mut products = zeros(comptime!(2 * BLOCKS * blocks));
-    let mut squares = Array::<Vector<f32, V2>>::new(comptime!(2 * blocks));
+    let mut squares = Array::<f32>::new(comptime!(2 * blocks));
     #[unroll]
     for i in 0..comptime!(2 * blocks) {
-        squares[i] = Vector::cast_from(0.0f32);
+        squares[i] = 0.0f32;
     }
     let mut rows = Sequence::<Vector<u32, V4>>::new();
     #[unroll]
@@ -150,10 +150,8 @@ pub(crate) fn products_of_chunk<F: Float>(
                 if comptime!(bp.spec.qk_l2norm) {
                     #[unroll]
                     for e in 0..4usize {
-                        let x = Vector::<f32, V2>::cast_from(lo[e]);
-                        let y = Vector::<f32, V2>::cast_from(hi[e]);
-                        squares[comptime!(2 * b)] += x * x;
-                        squares[comptime!(2 * b + 1)] += y * y;
+                        squares[comptime!(2 * b)] += square::<F>(lo[e]);
+                        squares[comptime!(2 * b + 1)] += square::<F>(hi[e]);
                     }
                 }
             }
@@ -185,16 +183,21 @@ pub(crate) fn products_of_chunk<F: Float>(
             acc[1] = from[1];
             own.push(acc);
         }
-        let lo = squares[comptime!(2 * b)];
-        let hi = squares[comptime!(2 * b + 1)];
         let mut both = Vector::<f32, V2>::cast_from(1.0f32);
         if comptime!(bp.spec.qk_l2norm) {
-            both[0] = over_row(lo[0] + lo[1]);
-            both[1] = over_row(hi[0] + hi[1]);
+            both[0] = over_row(squares[comptime!(2 * b)]);
+            both[1] = over_row(squares[comptime!(2 * b + 1)]);
         }
         grams.push(Gram { products: own, squares: both });
     }
     grams
+}
+
+/// The square of the norm of two channels.
+#[cube]
+fn square<F: Float>(pair: Vector<F, V2>) -> f32 {
+    let x = Vector::<f32, V2>::cast_from(pair);
+    fma(x[0], x[0], x[1] * x[1])
 }
 
 /// This unit's eight channels of row `first + lane / 4` of a chunk, of the 32 from `32 i` on; zeros behind the last one.
