@@ -81,9 +81,20 @@ inline void (*body)();
 
 inline void yield() { swapcontext(&units[current].context, &scheduler); }
 
+/// Lets all units go on if each has come to the barrier or ended.
+inline void release() {
+    for (Unit& unit : units) {
+        if (unit.status != AT_BARRIER && unit.status != ENDED) return;
+    }
+    for (Unit& unit : units) {
+        if (unit.status == AT_BARRIER) unit.status = READY;
+    }
+}
+
 inline void enter() {
     body();
     units[current].status = ENDED;
+    release();
     yield();
 }
 
@@ -108,12 +119,8 @@ void together(const void* operation, All all) {
 
 inline void barrier() {
     units[current].status = AT_BARRIER;
-    for (Unit& unit : units) {
-        if (unit.status != AT_BARRIER && unit.status != ENDED) return yield();
-    }
-    for (Unit& unit : units) {
-        if (unit.status == AT_BARRIER) unit.status = READY;
-    }
+    release();
+    if (units[current].status == AT_BARRIER) yield();
 }
 
 /// Runs one cube: plane by plane, each as far as it gets. With `backwards` the last plane goes first, so that what is not
