@@ -13,6 +13,9 @@ pub(crate) const BLOCKS: usize = CHUNK / TILE;
 const GROUP: usize = 4;
 /// Units of a preparing group.
 pub(crate) const GROUP_UNITS: usize = 32 * GROUP;
+/// Planes of a preparing cube without gates per channel, each with a chunk of its own. They share the sectors in which
+/// betas and gates of neighbouring heads lie.
+pub(crate) const PREPARE_PLANES: usize = 4;
 /// Schedulers of a multiprocessor, which deals planes out to them in turn.
 pub(crate) const SCHEDULERS: usize = 4;
 /// Units of 16 bytes in a 16 x 16 block.
@@ -260,19 +263,13 @@ impl Blueprint {
         if self.by_channel() {
             self.spec.key_dim.next_multiple_of(32).max(GROUP_UNITS)
         } else {
-            32 * self.prepare_planes()
+            32 * PREPARE_PLANES
         }
-    }
-
-    /// Planes of a preparing cube without gates per channel, each with a chunk of its own. They share the sectors in
-    /// which betas and gates of neighbouring heads lie.
-    pub(crate) fn prepare_planes(&self) -> usize {
-        4
     }
 
     /// Chunks that a preparing cube takes.
     pub fn prepared_chunks(&self) -> usize {
-        if self.by_channel() { 1 } else { self.prepare_planes() }
+        if self.by_channel() { 1 } else { PREPARE_PLANES }
     }
 
     /// Where the preparing cube has the scaled rows of even and of odd levels: see `channel.rs`. Odd ones lie where decayed

@@ -214,6 +214,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
             let mut next = group;
             while next <= place.chunks {
                 let after = next + groups;
+                // For one turn: planes that prepare have no registers to carry it from turn to turn.
                 let mut parcel = new_parcel(bp);
                 exchange::<F>(
                     &mut parcel,

@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{BLOCK_UNITS, Blueprint, CHUNK, GROUP_UNITS};
+use super::blueprint::{BLOCK_UNITS, Blueprint, CHUNK, GROUP_UNITS, PREPARE_PLANES};
 use super::channel::{gram_by_channel, read_channel_gates};
 use super::chunk::{Target, finish, finish_all};
 use super::gates::read_gates;
@@ -77,19 +77,19 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     #[comptime] bp: Blueprint,
     #[define(F, B, G)] _types: [StorageType; 3],
 ) {
-    let planes = comptime!(bp.prepare_planes());
     let lane = UNIT_POS_X as usize % 32;
     let plane = UNIT_POS_X as usize / 32;
     // 32 bits, in which division is fast: there is no room for more records.
-    let id = CUBE_POS as u32 * comptime!(planes as u32) + plane as u32;
+    let id = CUBE_POS as u32 * comptime!(PREPARE_PLANES as u32) + plane as u32;
     if id >= chunks * heads {
         terminate!();
     }
     let (place, c) = place_of(table, id, tokens, sequences, chunks, heads, group, bp);
     let strides = StagedStrides { q: q_at, k: k_at, v: k_at };
-    let mut tile = Tile::<F>::new_aligned(comptime!(planes * bp.chunk_blocks() * BLOCK_UNITS), 128usize);
-    let mut factors = new_factors(planes, bp);
-    let mut leaves = new_leaves(planes);
+    let mut tile =
+        Tile::<F>::new_aligned(comptime!(PREPARE_PLANES * bp.chunk_blocks() * BLOCK_UNITS), 128usize);
+    let mut factors = new_factors(PREPARE_PLANES, bp);
+    let mut leaves = new_leaves(PREPARE_PLANES);
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
 
     let products = products_of_chunk::<F>(&mma, q, k, &strides, &place, c, lane, bp);
