@@ -19,7 +19,7 @@ pub(crate) struct Raw {
     pub(crate) g: f32,
 }
 
-/// Reads them, one chunk ahead of their use.
+/// Reads them; beside a scan, one chunk ahead of their use.
 #[cube]
 pub(crate) fn read_gates<B: Float, G: Float>(
     beta: &Array<B>,

@@ -57,7 +57,7 @@ use inverse::new_leaves;
 use parcel::{exchange, new_parcel};
 use planes::Fetcher;
 use scan::scan_chunk;
-use stage::{Place, StagedStrides, sequence_of};
+use stage::{StagedStrides, place_of_cube};
 use state::{Lane, load_state, store_state};
 use tile::{Mma, Tile, V8};
 
@@ -116,20 +116,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
     if cube >= (end * heads) as usize * tiles {
         terminate!();
     }
-    let n = cube / (tiles * heads as usize);
-    let seq = sequence_of(table, n, tokens, bp.packed, bp.spec.micro_steps);
-    let hv = cube / tiles % heads as usize;
-    let steps = seq.tokens * comptime!(bp.spec.micro_steps);
-    let place = Place {
-        seq,
-        n,
-        h: hv / group as usize,
-        hv,
-        heads: heads as usize,
-        v0: cube % tiles * bp.value_tile,
-        steps,
-        chunks: steps.div_ceil(CHUNK),
-    };
+    let place = place_of_cube(table, cube, tokens, heads, group, bp);
     let strides = StagedStrides { q: q_at, k: k_at, v: v_at };
     let stage = comptime!(bp.stage());
     let stages = comptime!(bp.stages());
@@ -160,7 +147,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
             scan_chunk::<F>(&mma, &mut tile, &factors, &mut state, at_stage * stage, to, from, at, bp);
         }
         sync_cube();
-        if comptime!(bp.pass != Pass::Segments) || n < sequences as usize {
+        if comptime!(bp.pass != Pass::Segments) || place.n < sequences as usize {
             store_state(&state, final_state, &final_at, &place, at, bp);
         }
     } else if fetcher.works {

@@ -10,6 +10,9 @@ use super::stage::{
 use super::tile::{Tile, V4, V8};
 use crate::record::Strides;
 
+/// More columns, 8 channels each, than any row has.
+const ALL_COLUMNS: u32 = 1000;
+
 /// One unit's share of a chunk's inputs, on the way through its registers. Words: elements of 16 bits, kept from turn to
 /// turn, the compiler would take apart, and wait for.
 #[derive(CubeType)]
@@ -40,11 +43,10 @@ pub(crate) fn new_parcel(#[comptime] bp: Blueprint) -> Parcel {
     }
 }
 
-/// Sends for the keys and queries of chunk `c`.
+/// Sends for the keys of chunk `c`.
 #[cube]
-pub(crate) fn send_for_keys<F: Float>(
+pub(crate) fn fetch_keys<F: Float>(
     parcel: &mut Parcel,
-    q: &Array<Vector<F, V8>>,
     k: &Array<Vector<F, V8>>,
     strides: &StagedStrides,
     place: &Place,
@@ -53,9 +55,22 @@ pub(crate) fn send_for_keys<F: Float>(
     #[comptime] bp: Blueprint,
 ) {
     let keys = keys_of(&strides.k, place, c, bp);
-    fetch_rows::<F>(k, keys, 1000u32, parcel, unit, comptime!(key_rows(bp)), false);
+    fetch_rows::<F>(k, keys, ALL_COLUMNS, parcel, unit, comptime!(key_rows(bp)), false);
+}
+
+/// Sends for the queries of chunk `c`.
+#[cube]
+pub(crate) fn fetch_queries<F: Float>(
+    parcel: &mut Parcel,
+    q: &Array<Vector<F, V8>>,
+    strides: &StagedStrides,
+    place: &Place,
+    c: usize,
+    unit: usize,
+    #[comptime] bp: Blueprint,
+) {
     let queries = queries_of(&strides.q, place, c, bp);
-    fetch_rows::<F>(q, queries, 1000u32, parcel, unit, comptime!(query_rows(bp)), false);
+    fetch_rows::<F>(q, queries, ALL_COLUMNS, parcel, unit, comptime!(query_rows(bp)), false);
 }
 
 /// Puts a parcel into stage `stage`, if it `holds` one, and `sends` for all that the scan needs of its chunk `c` in its
@@ -80,7 +95,7 @@ pub(crate) fn exchange<F: Float>(
     #[comptime] sends: bool,
     #[comptime] bp: Blueprint,
 ) {
-    let sends = comptime!(sends).runtime() && c < place.chunks;
+    let sends = if comptime!(sends) { c < place.chunks } else { false.runtime() };
     let c = turn(place, c, bp);
     let record = (place.seq.first_chunk + c) * place.heads + place.hv;
     let first = record * comptime!(bp.record().0);
@@ -98,7 +113,7 @@ pub(crate) fn exchange<F: Float>(
         if comptime!(bp.by_channel()) {
             fetch_all::<F>(records, first, parcel, unit, keys);
         } else {
-            fetch_rows::<F>(k, keys_of(&strides.k, place, c, bp), 1000u32, parcel, unit, keys, false);
+            fetch_keys::<F>(parcel, k, strides, place, c, unit, bp);
         }
     }
     if comptime!(holds) {
@@ -108,7 +123,7 @@ pub(crate) fn exchange<F: Float>(
         if comptime!(bp.by_channel()) {
             fetch_all::<F>(records, first + queries_at, parcel, unit, queries);
         } else {
-            fetch_rows::<F>(q, queries_of(&strides.q, place, c, bp), 1000u32, parcel, unit, queries, false);
+            fetch_queries::<F>(parcel, q, strides, place, c, unit, bp);
         }
     }
     if comptime!(holds) {

@@ -2,23 +2,23 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{BLOCK_UNITS, Blueprint, CHUNK, GROUP_UNITS, PREPARE_PLANES};
+use super::blueprint::{BLOCK_UNITS, Blueprint, GROUP_UNITS, PREPARE_PLANES};
 use super::channel::{gram_by_channel, read_channel_gates};
 use super::chunk::{Target, finish, finish_all};
 use super::gates::read_gates;
 use super::gram::products_of_chunk;
 use super::inverse::new_leaves;
 use super::new_factors;
-use super::parcel::{new_parcel, put_rows, send_for_keys};
+use super::parcel::{fetch_keys, fetch_queries, new_parcel, put_rows};
 use super::stage::{
-    Place, StagedStrides, block_rows, decayed_key_rows, key_rows, query_rows, record_rows, sequence_of,
+    Place, StagedStrides, block_rows, decayed_key_rows, key_rows, place_of, query_rows, record_rows,
 };
 use super::tile::{Mma, Tile, V8};
 use crate::record::Strides;
 
 /// Chunk `id / heads` of all sequences and head `id % heads`: its place, and which chunk of its sequence it is.
 #[cube]
-fn place_of(
+fn place_of_record(
     table: &Array<u32>,
     id: u32,
     tokens: u32,
@@ -35,19 +35,8 @@ fn place_of(
     } else {
         (chunk / (chunks / sequences)) as usize
     };
-    let seq = sequence_of(table, n, tokens, bp.packed, bp.spec.micro_steps);
-    let steps = seq.tokens * comptime!(bp.spec.micro_steps);
-    let place = Place {
-        seq,
-        n,
-        h: hv / group as usize,
-        hv,
-        heads: heads as usize,
-        v0: 0usize,
-        steps,
-        chunks: steps.div_ceil(CHUNK),
-    };
-    (place, chunk as usize - seq.first_chunk)
+    let place = place_of(table, n, hv, 0usize, tokens, heads, group, bp);
+    (place, chunk as usize - place.seq.first_chunk)
 }
 
 /// Prepares every chunk where there is one gate per head, or none: a record of blocks, and one of factors, for each chunk
@@ -84,7 +73,7 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     if id >= chunks * heads {
         terminate!();
     }
-    let (place, c) = place_of(table, id, tokens, sequences, chunks, heads, group, bp);
+    let (place, c) = place_of_record(table, id, tokens, sequences, chunks, heads, group, bp);
     let strides = StagedStrides { q: q_at, k: k_at, v: k_at };
     let mut tile =
         Tile::<F>::new_aligned(comptime!(PREPARE_PLANES * bp.chunk_blocks() * BLOCK_UNITS), 128usize);
@@ -119,14 +108,7 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     for i in 0..comptime!(bp.chunk_blocks()) {
         records[record + comptime!(i * BLOCK_UNITS)] = tile[to.blocks + comptime!(i * BLOCK_UNITS) + lane];
     }
-    let record = id as usize * comptime!(bp.factors());
-    #[unroll]
-    for round in 0..comptime!(bp.factors().div_ceil(32)) {
-        let i = lane + comptime!(32 * round);
-        if i < comptime!(bp.factors()) {
-            record_factors[record + i] = factors[to.factors + i];
-        }
-    }
+    leave_factors(&factors, to, record_factors, id, lane, 32usize, bp);
 }
 
 /// The same for gates per channel, a cube for each chunk and head: rows decayed to the start and the end of their chunk are
@@ -160,7 +142,7 @@ pub fn prepare_by_channel<F: Float, B: Float, G: Float>(
     if id >= chunks * heads {
         terminate!();
     }
-    let (place, c) = place_of(table, id, tokens, sequences, chunks, heads, group, bp);
+    let (place, c) = place_of_record(table, id, tokens, sequences, chunks, heads, group, bp);
     let strides = StagedStrides { q: q_at, k: k_at, v: k_at };
     let mut tile = Tile::<F>::new_aligned(comptime!(bp.prepare_memory()), 128usize);
     let mut factors = new_factors(1usize, bp);
@@ -173,7 +155,8 @@ pub fn prepare_by_channel<F: Float, B: Float, G: Float>(
     let fetches = unit < GROUP_UNITS;
     let mut parcel = new_parcel(bp);
     if fetches {
-        send_for_keys::<F>(&mut parcel, q, k, &strides, &place, c, unit, bp);
+        fetch_keys::<F>(&mut parcel, k, &strides, &place, c, unit, bp);
+        fetch_queries::<F>(&mut parcel, q, &strides, &place, c, unit, bp);
     }
     let raw = read_gates(beta, g, &beta_at, &g_at, &place, c, lane, bp);
     let raw_channels = read_channel_gates(g, &g_at, &place, c, unit, bp);
@@ -225,11 +208,26 @@ pub fn prepare_by_channel<F: Float, B: Float, G: Float>(
         at += comptime!(decayed_key_rows(bp).units());
         record_rows::<F>(&tile, records, at, unit, comptime!(block_rows(bp)));
     }
+    leave_factors(&factors, to, record_factors, id, unit, bp.prepare_units(), bp);
+}
+
+/// Copies the factors of a chunk to record `id`, by as many units.
+#[cube]
+fn leave_factors(
+    factors: &SharedMemory<f32>,
+    from: Target,
+    record_factors: &mut Array<f32>,
+    id: u32,
+    unit: usize,
+    #[comptime] units: usize,
+    #[comptime] bp: Blueprint,
+) {
+    let record = id as usize * comptime!(bp.factors());
     #[unroll]
-    for round in 0..comptime!(bp.factors().div_ceil(bp.prepare_units())) {
-        let i = unit + comptime!(round * bp.prepare_units());
+    for round in 0..comptime!(bp.factors().div_ceil(units)) {
+        let i = unit + comptime!(round * units);
         if i < comptime!(bp.factors()) {
-            record_factors[id as usize * comptime!(bp.factors()) + i] = factors[i];
+            record_factors[record + i] = factors[from.factors + i];
         }
     }
 }

@@ -42,6 +42,48 @@ pub(crate) fn sequence_of(
     }
 }
 
+/// Sequence `n`, head `hv` of `heads`, and the value channels from `v0` on.
+#[cube]
+pub(crate) fn place_of(
+    table: &Array<u32>,
+    n: usize,
+    hv: usize,
+    v0: usize,
+    tokens: u32,
+    heads: u32,
+    group: u32,
+    #[comptime] bp: Blueprint,
+) -> Place {
+    let seq = sequence_of(table, n, tokens, bp.packed, bp.spec.micro_steps);
+    let steps = seq.tokens * comptime!(bp.spec.micro_steps);
+    Place {
+        seq,
+        n,
+        h: hv / group as usize,
+        hv,
+        heads: heads as usize,
+        v0,
+        steps,
+        chunks: steps.div_ceil(CHUNK),
+    }
+}
+
+/// Value tile `cube % tiles`, head `cube / tiles % heads` and sequence `cube / (tiles * heads)`.
+#[cube]
+pub(crate) fn place_of_cube(
+    table: &Array<u32>,
+    cube: usize,
+    tokens: u32,
+    heads: u32,
+    group: u32,
+    #[comptime] bp: Blueprint,
+) -> Place {
+    let tiles = comptime!(bp.value_tiles());
+    let n = cube / (tiles * heads as usize);
+    let hv = cube / tiles % heads as usize;
+    place_of(table, n, hv, cube % tiles * bp.value_tile, tokens, heads, group, bp)
+}
+
 /// Strides of the inputs that are staged.
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct StagedStrides {

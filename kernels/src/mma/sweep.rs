@@ -7,13 +7,13 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{Blueprint, CHUNK, Pass};
+use super::blueprint::{Blueprint, Pass};
 use super::chunk::Target;
 use super::fetch::fetch_chunks;
 use super::new_factors;
 use super::planes::Fetcher;
 use super::scan::scan_chunk;
-use super::stage::{Place, StagedStrides, sequence_of};
+use super::stage::{Place, StagedStrides, place_of_cube};
 use super::state::{Lane, keep_state, load_state, store_state};
 use super::tile::{Mma, Tile, V8};
 use super::unwind::unwind_chunk;
@@ -71,21 +71,7 @@ pub fn sweep<F: Float>(
     if CUBE_POS >= 2 * each {
         terminate!();
     }
-    let cube = CUBE_POS % each;
-    let n = cube / (tiles * heads as usize);
-    let seq = sequence_of(table, n, tokens, bp.packed, bp.spec.micro_steps);
-    let hv = cube / tiles % heads as usize;
-    let steps = seq.tokens * comptime!(bp.spec.micro_steps);
-    let place = Place {
-        seq,
-        n,
-        h: hv / group as usize,
-        hv,
-        heads: heads as usize,
-        v0: cube % tiles * bp.value_tile,
-        steps,
-        chunks: steps.div_ceil(CHUNK),
-    };
+    let place = place_of_cube(table, CUBE_POS % each, tokens, heads, group, bp);
     let replay = comptime!(bp.directed(Pass::Replay, bp.spec.has_initial_state));
     let unwind = comptime!(bp.directed(Pass::Unwind, has_d_final_state));
     let mut tile = Tile::<F>::new_aligned(comptime!(bp.sweep_memory()), 128usize);
