@@ -155,6 +155,12 @@ impl Blueprint {
         if self.pass.is_backward() { AHEAD / 2 } else { AHEAD }
     }
 
+    /// The same for a pass over the state. In the backward the state is stored behind them, and what is asked for later waits
+    /// for that.
+    pub(crate) fn reads_ahead(&self) -> usize {
+        if self.pass.is_backward() { 3 * AHEAD / 2 } else { AHEAD }
+    }
+
     /// Those of queries that are multiplied by the state.
     pub(crate) fn state_reads(&self) -> usize {
         if self.pass.is_backward() { 0 } else { self.read_blocks() }

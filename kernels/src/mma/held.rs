@@ -5,7 +5,7 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{BLOCK_UNITS, BLOCKS, Blueprint, CHANNELS_AT, DECAY_AT, TILE};
+use super::blueprint::{BLOCK_UNITS, BLOCKS, Blueprint, CHANNELS_AT, DECAY_AT, Pass, TILE};
 use super::chunk::Target;
 use super::state::Lane;
 use super::tile::{
@@ -99,106 +99,135 @@ pub(crate) fn multiply_leaf<F: Float>(
     }
 }
 
-/// The state as left operands of key step `step`, one per tile held.
+/// A pass over the state that has begun.
+#[derive(CubeType)]
+pub(crate) struct Reading<F: Float> {
+    /// Where this unit's row begins of the first keys.
+    rows: usize,
+    /// Right operands that have been asked for.
+    right: Sequence<Frag<F>>,
+    /// The state as left operands, step by step: all of it in the backward, where it is kept, and in the forward what has
+    /// been read.
+    pub(crate) left: Sequence<Frag<F>>,
+}
+
+/// Begins to read the state for the chunk at `base`.
 #[cube]
-fn state_frags<F: Float>(
+pub(crate) fn begin_reading<F: Float>(
+    mma: &Mma<F>,
+    tile: &Tile<F>,
     state: &Sequence<Acc>,
+    base: usize,
+    at: Lane,
+    #[comptime] bp: Blueprint,
+) -> Reading<F> {
+    // Backwards keys are decayed to the end, as the state has taken them.
+    let keys = comptime!(if bp.by_channel() && bp.pass == Pass::Unwind { bp.kd_at() } else { 0 });
+    let rows = base + keys + by_columns(at.lane, comptime!(bp.key_row()));
+    let mut right = Sequence::<Frag<F>>::new();
+    #[unroll]
+    for i in 0..comptime!(bp.reads_ahead().min(bp.key_steps() * (BLOCKS + bp.state_reads()))) {
+        right.push(load::<F>(mma, tile, rows + comptime!(bp.row_fragment(i)), false));
+    }
+    let mut left = Sequence::<Frag<F>>::new();
+    #[unroll]
+    for step in 0..comptime!(if bp.pass.is_backward() { bp.key_steps() } else { 0 }) {
+        push_step::<F>(state, &mut left, step, bp);
+    }
+    Reading::<F> { rows, right, left }
+}
+
+/// Adds key step `step` of the state as left operands, one per tile held.
+#[cube]
+fn push_step<F: Float>(
+    state: &Sequence<Acc>,
+    left: &mut Sequence<Frag<F>>,
     #[comptime] step: usize,
     #[comptime] bp: Blueprint,
-) -> Sequence<Frag<F>> {
-    let mut frags = Sequence::<Frag<F>>::new();
+) {
     #[unroll]
     for m in 0..comptime!(bp.held) {
         let at = comptime!(2 * (m * bp.key_steps() + step));
-        frags.push(to_frag::<F>(state.index(at), state.index(comptime!(at + 1))));
+        left.push(to_frag::<F>(state.index(at), state.index(comptime!(at + 1))));
     }
-    frags
 }
 
-/// $X^T = S^T K^T$ and $O^T = S^T Q^T$ in one pass over the state.
+/// $X^T = S^T K^T$ and $O^T = S^T Q^T$ in one pass over the state, which it leaves decayed by the whole chunk: here,
+/// since from here on the compiler may put that wherever products wait for each other.
 #[cube]
 pub(crate) fn read_state<F: Float>(
     mma: &Mma<F>,
     tile: &Tile<F>,
-    state: &Sequence<Acc>,
+    factors: &SharedMemory<f32>,
+    state: &mut Sequence<Acc>,
+    reading: &mut Reading<F>,
     x: &mut Sequence<Acc>,
     o: &mut Sequence<Acc>,
-    base: usize,
+    from: Target,
     at: Lane,
     #[comptime] bp: Blueprint,
 ) {
     let held = comptime!(bp.held);
-    let rows = base + by_columns(at.lane, comptime!(bp.key_row()));
     let blocks = comptime!(BLOCKS + bp.state_reads());
     let total = comptime!(bp.key_steps() * (BLOCKS + bp.state_reads()));
-    let mut right = Sequence::<Frag<F>>::new();
-    #[unroll]
-    for i in 0..comptime!(bp.ahead().min(total)) {
-        right.push(load::<F>(mma, tile, rows + comptime!(bp.row_fragment(i)), false));
-    }
+    let decay = whole_decay(factors, from, bp);
     #[unroll]
     for step in 0..comptime!(bp.key_steps()) {
-        let left = state_frags::<F>(state, step, bp);
+        if comptime!(!bp.pass.is_backward()) {
+            push_step::<F>(state, &mut reading.left, step, bp);
+        }
         #[unroll]
         for j in 0..blocks {
             let i = comptime!(step * blocks + j);
-            if comptime!(i + bp.ahead() < total) {
-                right.push(load::<F>(mma, tile, rows + comptime!(bp.row_fragment(i + bp.ahead())), false));
+            if comptime!(i + bp.reads_ahead() < total) {
+                let next = reading.rows + comptime!(bp.row_fragment(i + bp.reads_ahead()));
+                reading.right.push(load::<F>(mma, tile, next, false));
             }
+            let (left, right) = (&reading.left, reading.right.index(i));
+            let first = comptime!(step * bp.held);
             if comptime!(j < BLOCKS) {
-                mma2::<F>(
-                    mma,
-                    &left,
-                    0usize,
-                    1usize,
-                    right.index(i),
-                    x,
-                    comptime!(2 * j),
-                    comptime!(2 * BLOCKS),
-                    held,
-                );
+                mma2::<F>(mma, left, first, 1usize, right, x, comptime!(2 * j), comptime!(2 * BLOCKS), held);
             } else {
                 let n = comptime!(2 * (j - BLOCKS));
-                mma2::<F>(
-                    mma,
-                    &left,
-                    0usize,
-                    1usize,
-                    right.index(i),
-                    o,
-                    n,
-                    comptime!(2 * bp.read_blocks()),
-                    held,
-                );
+                mma2::<F>(mma, left, first, 1usize, right, o, n, comptime!(2 * bp.read_blocks()), held);
             }
         }
+        decay_step(state, factors, decay, from, at.lane, step, bp);
     }
 }
 
-/// Takes the state through the decay of the whole chunk.
+/// The decay of the whole chunk, if it is one for all channels.
 #[cube]
-pub(crate) fn decay_state(
+fn whole_decay(factors: &SharedMemory<f32>, from: Target, #[comptime] bp: Blueprint) -> Vector<f32, V2> {
+    if comptime!(bp.spec.decay == Decay::Head) {
+        Vector::cast_from(factors[from.factors + DECAY_AT])
+    } else {
+        Vector::cast_from(1.0f32)
+    }
+}
+
+/// Takes the key channels of step `step` through the decay of the whole chunk: `whole`, or one for each channel.
+#[cube]
+fn decay_step(
     state: &mut Sequence<Acc>,
     factors: &SharedMemory<f32>,
+    whole: Vector<f32, V2>,
     from: Target,
     lane: usize,
+    #[comptime] step: usize,
     #[comptime] bp: Blueprint,
 ) {
-    let held = comptime!(bp.held);
-    let steps = comptime!(bp.key_steps());
-    if comptime!(bp.spec.decay == Decay::Head) {
-        let decay = Vector::<f32, V2>::cast_from(factors[from.factors + DECAY_AT]);
+    if comptime!(bp.spec.decay != Decay::None) {
         #[unroll]
-        for i in 0..comptime!(2 * held * steps) {
-            scale_columns(state.index_mut(i), decay);
-        }
-    }
-    if comptime!(bp.by_channel()) {
-        #[unroll]
-        for n in 0..comptime!(2 * steps) {
-            let decay = factor_pair(factors, from.factors + CHANNELS_AT, n, lane);
+        for half in 0..2usize {
+            let n = comptime!(2 * step + half);
+            let decay = if comptime!(bp.by_channel()) {
+                factor_pair(factors, from.factors + CHANNELS_AT, n, lane)
+            } else {
+                whole
+            };
             #[unroll]
-            for m in 0..held {
+            for m in 0..comptime!(bp.held) {
                 scale_columns(state.index_mut(comptime!(2 * m * bp.key_steps() + n)), decay);
             }
         }

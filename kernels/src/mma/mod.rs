@@ -53,6 +53,7 @@ use chunk::{Target, finish};
 use fetch::{fetch_chunks, store_chunk, store_last};
 use gates::read_gates;
 use gram::multiply_keys;
+use held::begin_reading;
 use inverse::new_leaves;
 use parcel::{exchange, new_parcel};
 use planes::Fetcher;
@@ -144,7 +145,9 @@ pub fn forward<F: Float, B: Float, G: Float>(
             let at_stage = c % stages;
             let from = Target::of_stage(at_stage, bp);
             let to = outputs + c % 2 * chunk_outputs;
-            scan_chunk::<F>(&mma, &mut tile, &factors, &mut state, at_stage * stage, to, from, at, bp);
+            let base = at_stage * stage;
+            let reading = begin_reading::<F>(&mma, &tile, &state, base, at, bp);
+            scan_chunk::<F>(&mma, &mut tile, &factors, &mut state, reading, base, to, from, at, bp);
         }
         sync_cube();
         if comptime!(bp.pass != Pass::Segments) || place.n < sequences as usize {

@@ -7,7 +7,7 @@ use super::blueprint::{
 };
 use super::chunk::Target;
 use super::held::{
-    add_rows, decay_state, factor_pair, multiply_leaf, read_state, scale_pair, send_for_rows, store_rows_of,
+    Reading, add_rows, factor_pair, multiply_leaf, read_state, scale_pair, send_for_rows, store_rows_of,
 };
 use super::state::Lane;
 use super::tile::{
@@ -124,7 +124,7 @@ fn read_writes<F: Float>(
     }
 }
 
-/// $S^T \leftarrow e^{G_C} S^T + (e^{G_C - G} N)^T K$. Consumes N.
+/// $S^T \leftarrow S^T + (e^{G_C - G} N)^T K$, S decayed by the whole chunk. Consumes N.
 #[cube]
 fn update<F: Float>(
     mma: &Mma<F>,
@@ -143,7 +143,6 @@ fn update<F: Float>(
         + comptime!(if bp.by_channel() { bp.kd_at() } else { 0 })
         + by_depth(lane, comptime!(bp.key_row()));
     let mut right = send_for_rows::<F>(mma, tile, keys, BLOCKS, bp);
-    decay_state(state, factors, from, lane, bp);
     let mut left = Sequence::<Frag<F>>::new();
     #[unroll]
     for m in 0..held {
@@ -170,6 +169,7 @@ pub(crate) fn scan_chunk<F: Float>(
     tile: &mut Tile<F>,
     factors: &SharedMemory<f32>,
     state: &mut Sequence<Acc>,
+    mut reading: Reading<F>,
     base: usize,
     outputs: usize,
     from: Target,
@@ -178,7 +178,7 @@ pub(crate) fn scan_chunk<F: Float>(
 ) {
     let mut x = zeros(comptime!(2 * bp.held * BLOCKS));
     let mut o = zeros(comptime!(2 * bp.held * bp.read_blocks()));
-    read_state::<F>(mma, tile, state, &mut x, &mut o, base, at, bp);
+    read_state::<F>(mma, tile, factors, state, &mut reading, &mut x, &mut o, from, at, bp);
     let mut n = writes::<F>(mma, tile, factors, &mut x, base, outputs, from, at, bp);
     if comptime!(bp.read_blocks() > 0) {
         read_writes::<F>(mma, tile, factors, &n, &mut o, outputs, from, at, bp);

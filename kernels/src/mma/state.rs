@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::blueprint::{BLOCK_UNITS, Blueprint, Pass, TILE};
 use super::stage::Place;
-use super::tile::{Acc, V2, V8, pack, to_frag, zeros};
+use super::tile::{Acc, Frag, V2, V8, pack, zeros};
 use crate::record::StateStrides;
 
 /// A plane's place in its cube.
@@ -101,10 +101,10 @@ fn start_transfer(state: &mut Sequence<Acc>, place: &Place, unit: Lane, #[compti
     }
 }
 
-/// Keeps the state of this plane, rounded: tile by tile of $S^T$, row by row of tiles, as left operands lie in registers.
+/// Keeps the state of this plane, rounded to left operands: tile by tile of $S^T$, row by row of tiles.
 #[cube]
 pub(crate) fn keep_state<F: Float>(
-    state: &Sequence<Acc>,
+    state: &Sequence<Frag<F>>,
     to: &mut Array<Vector<F, V8>>,
     slot: usize,
     place: &Place,
@@ -119,9 +119,8 @@ pub(crate) fn keep_state<F: Float>(
             let row = slot + (first + m) * comptime!(bp.key_steps() * BLOCK_UNITS) + unit.lane;
             #[unroll]
             for step in 0..steps {
-                let at = comptime!(2 * (m * bp.key_steps() + step));
-                let f = to_frag::<F>(state.index(at), state.index(comptime!(at + 1)));
-                to[row + comptime!(step * BLOCK_UNITS)] = pack::<F>(&f);
+                to[row + comptime!(step * BLOCK_UNITS)] =
+                    pack::<F>(state.index(comptime!(step * bp.held + m)));
             }
         }
     }

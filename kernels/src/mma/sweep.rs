@@ -10,6 +10,7 @@ use cubecl::prelude::*;
 use super::blueprint::{Blueprint, Pass};
 use super::chunk::Target;
 use super::fetch::fetch_chunks;
+use super::held::begin_reading;
 use super::new_factors;
 use super::planes::Fetcher;
 use super::scan::scan_chunk;
@@ -167,6 +168,7 @@ fn walk<F: Float>(
             let backwards = comptime!(bp.pass == Pass::Unwind);
             let c = if comptime!(backwards) { chunks - 1 - i } else { i };
             let at_stage = (i % comptime!(stages as u32)) as usize;
+            let base = at_stage * stage;
             let from = Target::of_stage(at_stage, bp);
             let to = outputs + (i % 2) as usize * chunk_outputs;
             let within = c % comptime!(KEPT as u32);
@@ -175,15 +177,16 @@ fn walk<F: Float>(
             } else {
                 within == 0
             };
+            let reading = begin_reading::<F>(&mma, tile, &state, base, at, bp);
             if keeps {
                 let slot = (first + c / comptime!(KEPT as u32) * heads) as usize;
                 let slot = slot * comptime!(bp.spec.value_dim * bp.spec.key_dim / 8);
-                keep_state::<F>(&state, kept, slot, place, at, bp);
+                keep_state::<F>(&reading.left, kept, slot, place, at, bp);
             }
             if comptime!(bp.pass == Pass::Unwind) {
-                unwind_chunk::<F>(&mma, tile, factors, &mut state, at_stage * stage, to, from, at, bp);
+                unwind_chunk::<F>(&mma, tile, factors, &mut state, reading, base, to, from, at, bp);
             } else {
-                scan_chunk::<F>(&mma, tile, factors, &mut state, at_stage * stage, to, from, at, bp);
+                scan_chunk::<F>(&mma, tile, factors, &mut state, reading, base, to, from, at, bp);
             }
         }
         sync_cube();

@@ -14,7 +14,7 @@ use cubecl::prelude::*;
 use super::blueprint::{BLOCK_UNITS, BLOCKS, Blueprint, ERASE_AT, ERASE_BLOCK, READ_AT, TILE, WRITE_AT};
 use super::chunk::Target;
 use super::held::{
-    add_rows, decay_state, factor_pair, multiply_leaf, read_state, scale_pair, send_for_rows, store_rows_of,
+    Reading, add_rows, factor_pair, multiply_leaf, read_state, scale_pair, send_for_rows, store_rows_of,
 };
 use super::state::Lane;
 use super::tile::{
@@ -129,6 +129,7 @@ pub(crate) fn unwind_chunk<F: Float>(
     tile: &mut Tile<F>,
     factors: &SharedMemory<f32>,
     d_state: &mut Sequence<Acc>,
+    mut reading: Reading<F>,
     base: usize,
     outputs: usize,
     from: Target,
@@ -139,16 +140,13 @@ pub(crate) fn unwind_chunk<F: Float>(
     let queries = keys + comptime!(bp.q_at());
     let mut dn = zeros(comptime!(2 * bp.held * BLOCKS));
     let mut none = zeros(0usize);
-    // Keys decayed to the end, as the state has taken them.
-    let written = base + comptime!(if bp.by_channel() { bp.kd_at() } else { 0 });
-    read_state::<F>(mma, tile, d_state, &mut dn, &mut none, written, at, bp);
+    read_state::<F>(mma, tile, factors, d_state, &mut reading, &mut dn, &mut none, from, at, bp);
     let d_o = output_gradients::<F>(mma, tile, base, at, bp);
     let mut dv = zeros(comptime!(2 * bp.held * BLOCKS));
     let last = comptime!(BLOCKS - 1);
     value_gradients::<F>(mma, tile, factors, &mut dn, &mut dv, &d_o, outputs, from, at, last, bp);
 
     // Work that does not wait for the rest of dV.
-    decay_state(d_state, factors, from, at.lane, bp);
     #[unroll]
     for r in 0..comptime!(bp.read_blocks()) {
         let rows = queries + comptime!(r * TILE * bp.key_row());
