@@ -32,4 +32,4 @@ mod record;
 mod spec;
 
 pub use record::{StateStrides, StateStridesLaunch, Strides, StridesLaunch};
-pub use spec::{BetaMap, Decay, GateMap, Spec};
+pub use spec::{BetaMap, Decay, GateMap, SOURCES, Sources, Spec};

@@ -55,4 +55,14 @@ pub struct Spec {
     pub has_bias: bool,
     /// Whether there is an initial state.
     pub has_initial_state: bool,
+    /// [`SOURCES`].
+    pub sources: Sources,
 }
+
+/// A hash of the sources of all kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Sources(pub &'static str);
+
+/// A constant of every kernel. CubeCL can keep on disk what it has compiled, and finds it again by a kernel's name, types
+/// and constants: with this one, never what older sources were compiled to.
+pub const SOURCES: Sources = Sources(env!("KERNEL_SOURCES"));

@@ -30,6 +30,8 @@ use cubecl_runtime::timestamp_profiler::TimestampProfiler;
 pub struct Generated {
     /// The entry point.
     pub name: String,
+    /// By what CubeCL finds the kernel again when it keeps compiled ones on disk.
+    pub key: String,
     /// Units per cube.
     pub units: u32,
     /// Dynamic shared memory in bytes.
@@ -218,6 +220,7 @@ impl ComputeServer for OfflineServer {
         let shared_memory = compiled.repr.as_ref().map_or(0, |r| r.shared_memory_size());
         let generated = Generated {
             name: compiled.entrypoint_name,
+            key: kernel.id().stable_format(),
             units: compiled.cube_dim.num_elems(),
             shared_memory,
             source: compiled.source,

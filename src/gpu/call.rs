@@ -90,6 +90,7 @@ impl<'a, R: Runtime> Call<'a, R> {
             },
             has_bias: self.dt_bias.is_some(),
             has_initial_state: self.initial_state.is_some(),
+            sources: kernels::SOURCES,
         }
     }
 

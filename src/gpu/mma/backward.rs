@@ -307,6 +307,7 @@ impl<R: Runtime> Launches<'_, R> {
                 shape.heads as u32,
                 self.call.group(),
                 channels as u32,
+                kernels::SOURCES,
                 self.call.dtypes.data,
             );
         }
@@ -330,6 +331,7 @@ impl<R: Runtime> Launches<'_, R> {
                 self.gates(),
                 to.dt_bias.is_some(),
                 self.table.is_some(),
+                kernels::SOURCES,
             );
         }
     }

@@ -5,6 +5,7 @@ use cubecl::prelude::*;
 use super::super::sweep::KEPT;
 use super::super::tile::V8;
 use crate::record::Strides;
+use crate::spec::Sources;
 
 /// Units of a cube of [`collect`](fn@collect).
 pub const COLLECT_UNITS: usize = 256;
@@ -23,6 +24,7 @@ pub fn collect<F: Float>(
     heads: u32,
     group: u32,
     channels: u32,
+    #[comptime] _sources: Sources,
     #[define(F)] _type: StorageType,
 ) {
     let heads = heads as usize;
@@ -57,6 +59,7 @@ pub fn collect_constants(
     #[comptime] channels: usize,
     #[comptime] has_bias: bool,
     #[comptime] packed: bool,
+    #[comptime] _sources: Sources,
 ) {
     let unit = UNIT_POS as usize;
     let head = CUBE_POS;
