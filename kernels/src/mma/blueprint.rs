@@ -161,6 +161,11 @@ impl Blueprint {
         if self.pass.is_backward() { 3 * AHEAD / 2 } else { AHEAD }
     }
 
+    /// All of a pass over the state.
+    pub(crate) fn reads(&self) -> usize {
+        self.key_steps() * (BLOCKS + self.state_reads())
+    }
+
     /// Those of queries that are multiplied by the state.
     pub(crate) fn state_reads(&self) -> usize {
         if self.pass.is_backward() { 0 } else { self.read_blocks() }

@@ -126,7 +126,7 @@ pub(crate) fn begin_reading<F: Float>(
     let rows = base + keys + by_columns(at.lane, comptime!(bp.key_row()));
     let mut right = Sequence::<Frag<F>>::new();
     #[unroll]
-    for i in 0..comptime!(bp.reads_ahead().min(bp.key_steps() * (BLOCKS + bp.state_reads()))) {
+    for i in 0..comptime!(bp.reads_ahead().min(bp.reads())) {
         right.push(load::<F>(mma, tile, rows + comptime!(bp.row_fragment(i)), false));
     }
     let mut left = Sequence::<Frag<F>>::new();
@@ -169,7 +169,6 @@ pub(crate) fn read_state<F: Float>(
 ) {
     let held = comptime!(bp.held);
     let blocks = comptime!(BLOCKS + bp.state_reads());
-    let total = comptime!(bp.key_steps() * (BLOCKS + bp.state_reads()));
     let decay = whole_decay(factors, from, bp);
     #[unroll]
     for step in 0..comptime!(bp.key_steps()) {
@@ -179,7 +178,7 @@ pub(crate) fn read_state<F: Float>(
         #[unroll]
         for j in 0..blocks {
             let i = comptime!(step * blocks + j);
-            if comptime!(i + bp.reads_ahead() < total) {
+            if comptime!(i + bp.reads_ahead() < bp.reads()) {
                 let next = reading.rows + comptime!(bp.row_fragment(i + bp.reads_ahead()));
                 reading.right.push(load::<F>(mma, tile, next, false));
             }
