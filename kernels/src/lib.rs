@@ -1,8 +1,7 @@
-//! Device code of the `delta-rule` crate: the chunkwise delta rule, twice.
+//! Device code of the `delta-rule` crate: the delta rule, twice.
 //!
-//! [`portable`] runs everywhere, [`mma`] on tensor cores. Both do the same with a chunk: what does not need the state
-//! is *prepared*, for all chunks alike; then the state *scans* the chunks of its sequence. With
-//! $\Gamma_{ij} = \prod_{l=j+1}^{i} D_l$:
+//! [`mma`] runs on tensor cores and takes a chunk at a time: what does not need the state is *prepared*, for all chunks
+//! alike; then the state *scans* the chunks of its sequence. With $\Gamma_{ij} = \prod_{l=j+1}^{i} D_l$:
 //!
 //! ```text
 //! prepare   L = diag(beta) stril(K K^T . Gamma)     T = (I + L)^-1 diag(beta)    P = scale tril(Q K^T . Gamma)
@@ -10,13 +9,20 @@
 //! scan      N = T (V - Kg S)      O = Qg S + P N      S <- gamma S + Kd^T N
 //! ```
 //!
-//! The backward, in both: `prepare` again, `sweep` for the states forwards and their gradient backwards,
-//! `gradients` for what each chunk's rows get, `collect` for what several heads or chunks have a share in.
+//! It keeps the state in registers and prepares on planes beside those that scan; gates per channel, and few heads, get
+//! a launch of their own. Long sequences of few heads are split into segments.
 //!
-//! `portable` prepares with one launch and scans with another; its decays are running products of factors in
-//! `[0, 1]`, so that no exponent is ever positive and nothing cancels (see `walk.rs`). `mma` keeps the state in
-//! registers and prepares on planes beside those that scan; gates per channel, and few heads, get a launch of
-//! their own. Long sequences of few heads are split into segments there.
+//! [`portable`] runs everywhere and takes a micro-step at a time, as the recurrence is written. Chunks turn rank-one
+//! updates into products of matrices, for more arithmetic in all; without tensor cores that buys nothing, since the
+//! state lies in registers here, too:
+//!
+//! ```text
+//! scan      S <- D S      n = beta (v - S^T k)      S <- S + k n^T      o = scale S^T q
+//! ```
+//!
+//! The backward, in both: `sweep` for the states forwards and their gradient backwards (in `mma` behind another
+//! `prepare`), `gradients` for what each chunk's rows get, `collect` for what several heads or chunks have a share in.
+//! Decays are products of factors in `[0, 1]`: no exponent is ever positive and nothing cancels.
 //!
 //! The kernels take buffers, strides and a blueprint; they check nothing. The crate `delta-rule` does.
 

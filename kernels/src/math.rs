@@ -2,6 +2,7 @@
 
 use cubecl::prelude::*;
 
+use crate::record::F4;
 use crate::spec::{BetaMap, Decay, GateMap, Spec};
 
 /// $\sigma(x)$, without overflow for either sign.
@@ -46,6 +47,31 @@ pub(crate) fn log_decay_of(x: f32, a_log: f32, bias: f32, lower_bound: f32, #[co
 #[cube]
 pub(crate) fn decay_of(x: f32, a_log: f32, bias: f32, lower_bound: f32, #[comptime] map: GateMap) -> f32 {
     f32::exp(log_decay_of(x, a_log, bias, lower_bound, map))
+}
+
+/// The factors of four channels from `c` on: 1 beyond K, and where no token `starts`.
+#[cube]
+pub(crate) fn decays_of(
+    x: F4,
+    a_log: &Array<f32>,
+    dt_bias: &Array<f32>,
+    hv: usize,
+    c: usize,
+    starts: bool,
+    lower_bound: f32,
+    #[comptime] spec: Spec,
+) -> F4 {
+    let mut d = F4::new(1.0f32);
+    if starts {
+        #[unroll]
+        for e in 0..4usize {
+            if c + e < spec.key_dim {
+                let (a, bias) = gate_constants(a_log, dt_bias, hv, c + e, spec);
+                d[e] = decay_of(x[e], a, bias, lower_bound, spec.gate);
+            }
+        }
+    }
+    d
 }
 
 /// `(A_log, dt_bias)` of a head and channel.
@@ -107,4 +133,10 @@ pub(crate) fn gate_slopes(
         by_a_log = slope * y;
     }
     (by_x, by_a_log)
+}
+
+/// `acc + a . b`.
+#[cube]
+pub(crate) fn dot(a: F4, b: F4, acc: f32) -> f32 {
+    fma(a[3], b[3], fma(a[2], b[2], fma(a[1], b[1], fma(a[0], b[0], acc))))
 }

@@ -65,23 +65,25 @@ pub(crate) fn sequence(table: &Array<u32>, n: usize) -> Sequence {
     }
 }
 
-/// Four channels of a row of `width` channels, beginning at channel `c`; zeros past the end or when `!valid`.
+/// The channels from `c` on, as many as the result holds, of a row of `width` channels; zeros past the end or when
+/// `!valid`. The tensor is read in vectors of that many, or of one.
 #[cube]
-pub(crate) fn load4<F: Float, N: Size>(
+pub(crate) fn load<F: Float, N: Size, C: Size>(
     x: &Array<Vector<F, N>>,
     row: usize,
     c: usize,
     valid: bool,
     #[comptime] width: usize,
-) -> F4 {
+) -> Vector<f32, C> {
     let lanes = x.vector_size();
-    let mut out = F4::new(0.0f32);
+    let mut out = Vector::<f32, C>::new(0.0f32);
+    let len = out.vector_size();
     if valid && c < width {
-        if comptime!(lanes == 4) {
-            out = F4::cast_from(x[(row + c) / 4]);
+        if comptime!(lanes == len) {
+            out = Vector::cast_from(x[(row + c) / len]);
         } else {
             #[unroll]
-            for e in 0..4usize {
+            for e in 0..len {
                 if c + e < width {
                     out[e] = f32::cast_from(x[row + c + e][0]);
                 }
@@ -91,22 +93,23 @@ pub(crate) fn load4<F: Float, N: Size>(
     out
 }
 
-/// Writes four channels, but none past `width`.
+/// Writes the channels from `c` on, but none past `width`.
 #[cube]
-pub(crate) fn store4<F: Float, N: Size>(
+pub(crate) fn store<F: Float, N: Size, C: Size>(
     x: &mut Array<Vector<F, N>>,
     row: usize,
     c: usize,
-    value: F4,
+    value: Vector<f32, C>,
     #[comptime] width: usize,
 ) {
     let lanes = x.vector_size();
+    let len = value.vector_size();
     if c < width {
-        if comptime!(lanes == 4) {
-            x[(row + c) / 4] = Vector::cast_from(value);
+        if comptime!(lanes == len) {
+            x[(row + c) / len] = Vector::cast_from(value);
         } else {
             #[unroll]
-            for e in 0..4usize {
+            for e in 0..len {
                 if c + e < width {
                     x[row + c + e] = Vector::cast_from(value[e]);
                 }

@@ -40,7 +40,6 @@ fn every_kernel_is_told_from_those_of_other_sources() {
         "mma::gradients::gradients::Gradients",
         "mma::gradients::collect::collect::Collect",
         "mma::gradients::collect::collect_constants::CollectConstants",
-        "portable::prepare::prepare::Prepare",
         "portable::scan::scan::Scan",
         "portable::sweep::sweep::Sweep",
         "portable::gradients::gradients::Gradients",

@@ -3,9 +3,9 @@
 use cubecl::prelude::*;
 
 use super::blueprint::Blueprint;
-use super::prepare::chunk_of;
-use super::walk::dot;
-use crate::record::{F4, Strides, load4, store4};
+use super::chunk::chunk_of;
+use crate::math::dot;
+use crate::record::{F4, Strides, load, store};
 use crate::spec::Decay;
 
 /// The gradient of k (of q, where `reads`), from what [`gradients`](mod@super::gradients) left in the records: a sum
@@ -33,7 +33,7 @@ pub fn collect<F: Float, N: Size>(
     }
     let n_h = comptime!(bp.spec.micro_steps);
     let dim = comptime!(bp.spec.key_dim);
-    let units = comptime!(bp.prepare_units());
+    let units = comptime!(bp.chunk_units());
     let row4 = comptime!(bp.padded_key_dim() / 4);
     let id = CUBE_POS / key_heads as usize;
     let head = CUBE_POS % key_heads as usize;
@@ -65,7 +65,7 @@ pub fn collect<F: Float, N: Size>(
             let mut c = part;
             while c < row4 {
                 along =
-                    dot(load4(x, x_row, 4 * c, true, dim), over_group(scratch, from + c, group, bp), along);
+                    dot(load(x, x_row, 4 * c, true, dim), over_group(scratch, from + c, group, bp), along);
                 c += bp.parts;
             }
         }
@@ -85,10 +85,10 @@ pub fn collect<F: Float, N: Size>(
         while c < row4 {
             let mut dy = over_group(scratch, from + c, group, bp);
             if comptime!(bp.spec.qk_l2norm) {
-                let value = load4(x, x_row, 4 * c, true, dim);
+                let value = load(x, x_row, 4 * c, true, dim);
                 dy = fma(value, F4::new(along), dy * F4::new(rstd));
             }
-            store4(dx, dx_row, 4 * c, dy, dim);
+            store(dx, dx_row, 4 * c, dy, dim);
             c += bp.parts;
         }
     }
@@ -118,7 +118,7 @@ pub fn collect_constants(
     if CUBE_POS >= heads as usize {
         terminate!();
     }
-    let units = comptime!(bp.prepare_units());
+    let units = comptime!(bp.chunk_units());
     let width = comptime!(if bp.spec.decay == Decay::Channel { bp.spec.key_dim } else { 1 });
     let hv = first_head as usize + CUBE_POS;
     let unit = UNIT_POS as usize;

@@ -18,10 +18,9 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{Blueprint, SLICE, SLICE_LD, SLICE4};
-use super::prepare::{chunk_of, load_decays, load_qk};
-use super::rows::{Paths, Rows, between_tokens, grams, inside_token, through_states};
-use super::walk::{dot, walk_row};
-use crate::math::{beta_slope, decay_of, gate_constants, gate_slopes};
+use super::chunk::{chunk_of, load_decays, load_qk};
+use super::rows::{Paths, Rows, between_tokens, grams, inside_token, through_states, walk_row};
+use crate::math::{beta_slope, decay_of, dot, gate_constants, gate_slopes};
 use crate::record::{F4, Strides};
 use crate::spec::{Decay, GateMap};
 
@@ -105,12 +104,15 @@ pub fn gradients<F: Float, B: Float, G: Float, N: Size>(
 
     if part == 0 {
         let at = 4 * (record + comptime!(bp.factors_at())) + i;
-        betas[i] = scratch_scalars[at];
+        betas[i] = 0.0f32;
         k_factor[i] = 1.0f32;
         q_factor[i] = scale;
-        if comptime!(bp.spec.qk_l2norm) {
-            k_factor[i] = scratch_scalars[at + chunk];
-            q_factor[i] = scratch_scalars[at + 2 * chunk] * scale;
+        if valid {
+            betas[i] = scratch_scalars[at];
+            if comptime!(bp.spec.qk_l2norm) {
+                k_factor[i] = scratch_scalars[at + chunk];
+                q_factor[i] = scratch_scalars[at + 2 * chunk] * scale;
+            }
         }
         let mut d = 1.0f32;
         if comptime!(decay == Decay::Head) && starts {
@@ -202,14 +204,15 @@ pub fn gradients<F: Float, B: Float, G: Float, N: Size>(
             #[unroll]
             for m in 0..owned {
                 let c = part + parts * m;
-                let gamma = scratch[record + comptime!(bp.gamma_at()) + slice * SLICE4 + c];
                 let mut sum = F4::new(0.0f32);
-                #[unroll]
-                for lane in 0..4usize {
-                    sum[lane] = gamma[lane] * whole[4 * c + lane];
-                }
+                let mut gamma = F4::new(1.0f32);
                 for l in 0..chunk {
                     sum += select(l >= i, s[l * SLICE_LD + c], ds[l * SLICE_LD + c]);
+                    gamma *= rows.c[l * SLICE_LD + c];
+                }
+                #[unroll]
+                for lane in 0..4usize {
+                    sum[lane] = fma(gamma[lane], whole[4 * c + lane], sum[lane]);
                 }
                 let mut by_bias = F4::new(0.0f32);
                 let mut by_a_log = F4::new(0.0f32);
@@ -275,7 +278,7 @@ pub fn gradients<F: Float, B: Float, G: Float, N: Size>(
         let mut by_bias = 0.0f32;
         let mut by_a_log = 0.0f32;
         if part == 0 && starts {
-            let mut sum = always * scratch[record + comptime!(bp.gamma_at())][0];
+            let mut sum = always * from_start * to_end;
             for l in 0..chunk {
                 sum += select(l >= i, y[l], y[chunk + l]);
             }

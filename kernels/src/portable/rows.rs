@@ -3,9 +3,9 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{Blueprint, SLICE, SLICE_LD, SLICE4};
-use super::prepare::Chunk;
-use super::walk::dot;
-use crate::record::{F4, Strides, load4};
+use super::chunk::Chunk;
+use crate::math::dot;
+use crate::record::{F4, Strides, load};
 use crate::spec::Decay;
 
 /// Three tiles of the chunk's rows, 32 channels wide: of R, dV and dO while value channels are summed over, then of
@@ -49,19 +49,21 @@ fn slot(z: usize) -> usize {
     z / SLICE4 * SLICE_LD + z % SLICE4
 }
 
-/// A vector of a row of value channels, zero behind the last.
+/// A vector of a row of value channels, zero behind the last and in rows that nobody wrote.
 #[cube]
-fn load_channels(scratch: &Array<F4>, row_at: usize, channel: usize, #[comptime] bp: Blueprint) -> F4 {
+fn load_channels(
+    scratch: &Array<F4>,
+    row_at: usize,
+    channel: usize,
+    valid: bool,
+    #[comptime] bp: Blueprint,
+) -> F4 {
     let row4 = comptime!(bp.row4());
-    if comptime!(row4.is_multiple_of(SLICE4)) {
-        scratch[row_at + channel]
-    } else {
-        let mut value = F4::new(0.0f32);
-        if channel < row4 {
-            value = scratch[row_at + channel];
-        }
-        value
+    let mut value = F4::new(0.0f32);
+    if valid && (comptime!(row4.is_multiple_of(SLICE4)) || channel < row4) {
+        value = scratch[row_at + channel];
     }
+    value
 }
 
 /// Asks for slice `v` of R, dV and, where a token ends, dO.
@@ -80,16 +82,17 @@ fn fetch_rows<F: Float, N: Size>(
     let n_h = comptime!(bp.spec.micro_steps);
     #[unroll]
     for n in 0..comptime!(bp.row_vectors()) {
-        let z = UNIT_POS as usize + n * bp.prepare_units();
+        let z = UNIT_POS as usize + n * bp.chunk_units();
         let row = z / SLICE4;
         let channel = v * SLICE4 + z % SLICE4;
         let at = record + row * comptime!(bp.row4());
-        to.r[n] = load_channels(scratch, at + comptime!(bp.r_at()), channel, bp);
-        to.dv[n] = load_channels(scratch, at + comptime!(bp.dv_at()), channel, bp);
+        let valid = row < here.rows;
+        to.r[n] = load_channels(scratch, at + comptime!(bp.r_at()), channel, valid, bp);
+        to.dv[n] = load_channels(scratch, at + comptime!(bp.dv_at()), channel, valid, bp);
         let step = here.step0 + row;
-        let is_read = row < here.rows && (step + 1) % n_h == 0;
+        let is_read = valid && (step + 1) % n_h == 0;
         let from = d_o_at.at(here.row, here.start + step / n_h, hv);
-        to.d_o[n] = load4(d_o, from, 4 * channel, is_read, bp.spec.value_dim);
+        to.d_o[n] = load(d_o, from, 4 * channel, is_read, bp.spec.value_dim);
     }
 }
 
@@ -97,7 +100,7 @@ fn fetch_rows<F: Float, N: Size>(
 fn put_rows(from: &Fetched, rows: &mut Rows, #[comptime] bp: Blueprint) {
     #[unroll]
     for n in 0..comptime!(bp.row_vectors()) {
-        let z = UNIT_POS as usize + n * bp.prepare_units();
+        let z = UNIT_POS as usize + n * bp.chunk_units();
         let to = slot(z);
         rows.a[to] = from.r[n];
         rows.b[to] = from.dv[n];
@@ -117,11 +120,11 @@ fn fetch_states(
 ) {
     #[unroll]
     for n in 0..comptime!(bp.state_vectors()) {
-        let z = UNIT_POS as usize + n * bp.prepare_units();
+        let z = UNIT_POS as usize + n * bp.chunk_units();
         let at = record + (slice * SLICE + z / SLICE4) * comptime!(bp.row4());
         let channel = v * SLICE4 + z % SLICE4;
-        to.before[n] = load_channels(scratch, at + comptime!(bp.state_at()), channel, bp);
-        to.after[n] = load_channels(scratch, at + comptime!(bp.d_state_at()), channel, bp);
+        to.before[n] = load_channels(scratch, at + comptime!(bp.state_at()), channel, true, bp);
+        to.after[n] = load_channels(scratch, at + comptime!(bp.d_state_at()), channel, true, bp);
     }
 }
 
@@ -176,6 +179,19 @@ pub(crate) fn grams<F: Float, N: Size>(
     }
 }
 
+/// Decays row `i` of a Gram matrix, `at..`: `row[j] *= Gamma_ij`. $e^{G_i - G_j}$ is the product of the decays that lie
+/// between two rows. Differences of sums would cancel, and anchors overflow when they are chosen badly; a walk from row i
+/// downwards picks up one factor in `[0, 1]` per step and is exact to rounding for any gate.
+#[cube]
+pub(crate) fn walk_row(gram: &mut SharedMemory<f32>, at: usize, decays: &SharedMemory<f32>, i: usize) {
+    let mut w = 1.0f32;
+    for up in 0..i + 1 {
+        let j = i - up;
+        gram[at + j] *= w;
+        w *= decays[j];
+    }
+}
+
 /// What passes through the states on 32 key channels: `u = dO S0^T`, `e = dV S0^T`, `w = R dS^T`, and in `whole`
 /// the rows of `dS . S0`, summed.
 #[cube]
@@ -220,7 +236,7 @@ pub(crate) fn through_states<F: Float, N: Size>(
         put_rows(&fetched, rows, bp);
         #[unroll]
         for n in 0..vectors {
-            let z = unit + n * bp.prepare_units();
+            let z = unit + n * bp.chunk_units();
             let to = slot(z);
             s[to] = fetched.before[n];
             ds[to] = fetched.after[n];
@@ -252,7 +268,7 @@ pub(crate) fn through_states<F: Float, N: Size>(
     }
     #[unroll]
     for n in 0..vectors {
-        let z = unit + n * bp.prepare_units();
+        let z = unit + n * bp.chunk_units();
         s[slot(z)] = F4::new(products[n]);
     }
     sync_cube();

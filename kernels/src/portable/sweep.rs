@@ -1,35 +1,44 @@
 //! The two scans of the backward, side by side: one cube per direction, sequence, value head and tile of value
 //! channels.
 //!
-//! Forwards the states are computed again, and kept in the records with R; backwards runs the gradient of the
-//! state. With dS the gradient of the state after a chunk, and the products of `prepare`:
+//! Forwards the states are computed again, and those before each chunk kept in the records, with R; backwards runs the
+//! gradient of the state. With dS the gradient of the state after a micro-step:
 //!
 //! ```text
-//! dN = P^T dO + Kd dS      dV = M^T diag(beta) dN      dS <- gamma dS + Qg^T dO - Kg^T dV
+//! dS <- dS + scale q do^T      dv = beta dS^T k      dS <- D (dS - k dv^T)
 //! ```
 
 use cubecl::prelude::*;
 
-use super::blueprint::{Blueprint, PARTS, TILE_ROWS};
-use super::scan::{Tile, load_state, solve, store_state, tile_of, write_state};
-use super::tile::{arrived, gather, mma_transposed, touch, zeros};
-use crate::record::{F4, Sequence, StateStrides, Strides, load4, sequence, store4};
+use super::blueprint::Blueprint;
+use super::stage::{Fetched, Pass, Stage, steps_of};
+use super::state::{Place, State, Sums, place_of, row, row_of};
+use crate::record::{Sequence, StateStrides, Strides, sequence, store};
 
-/// Reads the records of [`prepare`](mod@super::prepare); leaves in them the state before and the gradient of the
-/// state after every chunk, R and dV, and writes the gradients of v and of the initial state.
-/// `scratch_scalars` is `scratch` again. The first half of the cubes goes forwards, the second backwards.
+/// Leaves in the records beta and the factors of k and q, the state before and the gradient of the state after every chunk,
+/// R and dV, and writes the gradients of v and of the initial state. The first half of the cubes goes forwards, the
+/// second backwards.
 #[cube(launch_unchecked)]
-pub fn sweep<F: Float, N: Size>(
-    v: &Array<Vector<F, N>>,
-    d_o: &Array<Vector<F, N>>,
-    scratch: &mut Array<F4>,
-    scratch_scalars: &Array<f32>,
+pub fn sweep<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size>(
+    q: &Array<Vector<F, N>>,
+    k: &Array<Vector<F, N>>,
+    v: &Array<Vector<F, M>>,
+    beta: &Array<B>,
+    g: &Array<G>,
+    a_log: &Array<f32>,
+    dt_bias: &Array<f32>,
+    d_o: &Array<Vector<F, M>>,
+    scratch: &mut Array<Vector<f32, C>>,
     initial_state: &Array<f32>,
     d_final_state: &Array<f32>,
     table: &Array<u32>,
-    dv: &mut Array<Vector<F, N>>,
+    dv: &mut Array<Vector<F, M>>,
     d_initial_state: &mut Array<f32>,
+    q_at: Strides,
+    k_at: Strides,
     v_at: Strides,
+    beta_at: Strides,
+    g_at: Strides,
     d_o_at: Strides,
     dv_at: Strides,
     initial_at: StateStrides,
@@ -38,236 +47,202 @@ pub fn sweep<F: Float, N: Size>(
     sequences: u32,
     first_head: u32,
     heads: u32,
+    group: u32,
+    scale: f32,
+    lower_bound: f32,
     #[comptime] has_d_final_state: bool,
     #[comptime] bp: Blueprint,
-    #[define(F)] _type: StorageType,
+    #[define(F, B, G)] _types: [StorageType; 3],
 ) {
     let each = (sequences * heads) as usize * comptime!(bp.value_tiles());
     if CUBE_POS >= 2 * each {
         terminate!();
     }
-    let mut state = SharedMemory::<F4>::new(comptime!(bp.padded_key_dim() * bp.tile_cols()));
-    let mut rows = SharedMemory::<F4>::new(comptime!(bp.chunk * bp.tile_cols()));
-    let mut exchange = SharedMemory::<F4>::new(comptime!((PARTS - 1) * bp.chunk * bp.tile_cols()));
-    let at = tile_of(CUBE_POS % each, first_head, heads, bp);
+    let n_h = comptime!(bp.spec.micro_steps);
+    let mut stage = Stage::<C>::new(bp);
+    let mut sums = Sums::<C>::new(2usize, bp);
+    let at = place_of(CUBE_POS % each, first_head, heads, bp);
     let seq = sequence(table, at.n);
-    if CUBE_POS >= each {
-        load_state(d_final_state, d_final_at, at, &mut state, has_d_final_state, bp);
-        unwind(
-            d_o,
-            scratch,
-            scratch_scalars,
-            &mut state,
-            &mut rows,
-            &mut exchange,
-            dv,
-            d_o_at,
-            dv_at,
-            at,
-            seq,
-            heads,
-            bp,
-        );
-        store_state(d_initial_state, d_initial_at, at, &state, bp);
-    } else {
-        load_state(initial_state, initial_at, at, &mut state, bp.spec.has_initial_state, bp);
-        replay(v, scratch, scratch_scalars, &mut state, &mut rows, &mut exchange, v_at, at, seq, heads, bp);
-    }
-}
-
-/// The forward once more, for the states and R.
-#[cube]
-fn replay<F: Float, N: Size>(
-    v: &Array<Vector<F, N>>,
-    scratch: &mut Array<F4>,
-    scratch_scalars: &Array<f32>,
-    state: &mut SharedMemory<F4>,
-    rows: &mut SharedMemory<F4>,
-    exchange: &mut SharedMemory<F4>,
-    v_at: Strides,
-    at: Tile,
-    seq: Sequence,
-    heads: u32,
-    #[comptime] bp: Blueprint,
-) {
-    let n_h = comptime!(bp.spec.micro_steps);
-    let row4 = comptime!(bp.row4());
     let steps = seq.tokens * n_h;
+    let stages = (steps + bp.stage - 1) / bp.stage;
+    let mut fetched = Fetched::<C>::new(bp);
+    // What the last turn has asked for; nothing at first.
     let mut step0 = 0usize;
-    let mut id = seq.first_chunk;
-    while step0 < steps {
-        let here = usize::min(steps - step0, bp.chunk);
-        let record = (id * heads as usize + at.head) * comptime!(bp.record_vectors());
-        sync_cube();
-        let near = touch(scratch_scalars, record, comptime!(bp.kd_at()..bp.p_at()), bp);
-        keep_state(scratch, record + comptime!(bp.state_at()), state, at, bp);
-        let mut acc = zeros(TILE_ROWS);
-        let r = solve(
-            &mut acc, v, v_at, seq, step0, scratch, record, state, rows, exchange, at, here, 0usize, bp,
-        );
-        arrived(near, rows, UNIT_POS as usize);
-        let row = at.row(bp);
-        scratch[record + comptime!(bp.r_at()) + row * row4 + at.channel / 4] = r;
-        // N = diag(beta) R
-        let beta = scratch_scalars[4 * (record + comptime!(bp.factors_at())) + row];
-        rows[row * comptime!(bp.tile_cols()) + at.place.tx] = r * F4::new(beta);
-        let mut near = 0.0f32;
-        if step0 + bp.chunk < steps {
-            let next = record + heads as usize * comptime!(bp.record_vectors());
-            near = touch(scratch_scalars, next, comptime!(0..bp.kd_at()), bp);
+    let mut here = 0usize;
+    if CUBE_POS >= each {
+        let mut d_state = State::<C>::load(d_final_state, d_final_at, at, has_d_final_state, bp);
+        for done in 0..stages + 1 {
+            let record = record_of(seq, step0, heads, at, bp);
+            if here > 0 {
+                let end = step0 + here;
+                if end % bp.chunk == 0 || end == steps {
+                    d_state.keep(scratch, record + comptime!(bp.in_unit_vectors(bp.d_state_at())), at, bp);
+                }
+                stage.put(&fetched, a_log, dt_bias, at, step0, lower_bound, Pass::Unwind, bp);
+                if CUBE_POS % comptime!(bp.value_tiles()) == 0 {
+                    stage.keep_factors(scratch, record, step0 % bp.chunk, bp);
+                }
+            }
+            // From the last stage to the first; then one that is none.
+            let next = select(done < stages, stages - usize::min(done + 1, stages), stages);
+            let (before, rows) = steps_of(next, stages, steps, bp);
+            fetched.fetch(
+                q,
+                k,
+                d_o,
+                beta,
+                g,
+                q_at,
+                k_at,
+                d_o_at,
+                beta_at,
+                g_at,
+                at,
+                seq,
+                before,
+                rows,
+                group,
+                Pass::Unwind,
+                bp,
+            );
+            unwind(
+                &mut d_state,
+                &mut sums,
+                &stage,
+                scratch,
+                dv,
+                dv_at,
+                at,
+                seq,
+                record,
+                step0,
+                here,
+                scale,
+                bp,
+            );
+            step0 = before;
+            here = rows;
         }
-        sync_cube();
-        write_state(scratch, scratch_scalars, record, state, rows, at, bp);
-        arrived(near, exchange, UNIT_POS as usize);
-        step0 += bp.chunk;
-        id += 1;
+        d_state.store(d_initial_state, d_initial_at, at, bp);
+    } else {
+        let mut state = State::<C>::load(initial_state, initial_at, at, bp.spec.has_initial_state, bp);
+        for next in 0..stages + 1 {
+            let record = record_of(seq, step0, heads, at, bp);
+            if here > 0 {
+                if step0 % bp.chunk == 0 {
+                    state.keep(scratch, record + comptime!(bp.in_unit_vectors(bp.state_at())), at, bp);
+                }
+                stage.put(&fetched, a_log, dt_bias, at, step0, lower_bound, Pass::Replay, bp);
+            }
+            let (after, rows) = steps_of(next, stages, steps, bp);
+            fetched.fetch(
+                q,
+                k,
+                v,
+                beta,
+                g,
+                q_at,
+                k_at,
+                v_at,
+                beta_at,
+                g_at,
+                at,
+                seq,
+                after,
+                rows,
+                group,
+                Pass::Replay,
+                bp,
+            );
+            replay(&mut state, &mut sums, &stage, scratch, at, record, step0, here, bp);
+            step0 = after;
+            here = rows;
+        }
     }
 }
 
-/// The gradient of the state, from the last chunk to the first. `rows` holds beta dN, then -dV. Tiles have rows that
-/// lie next to each other.
+/// The record of the chunk of a micro-step.
 #[cube]
-fn unwind<F: Float, N: Size>(
-    d_o: &Array<Vector<F, N>>,
-    scratch: &mut Array<F4>,
-    scratch_scalars: &Array<f32>,
-    d_state: &mut SharedMemory<F4>,
-    rows: &mut SharedMemory<F4>,
-    exchange: &mut SharedMemory<F4>,
-    dv: &mut Array<Vector<F, N>>,
-    d_o_at: Strides,
-    dv_at: Strides,
-    at: Tile,
-    seq: Sequence,
-    heads: u32,
+fn record_of(seq: Sequence, step: usize, heads: u32, at: Place, #[comptime] bp: Blueprint) -> usize {
+    ((seq.first_chunk + step / bp.chunk) * heads as usize + at.head)
+        * comptime!(bp.in_unit_vectors(bp.record_vectors()))
+}
+
+/// The staged micro-steps forwards, for R: see [`scan`](mod@super::scan).
+#[cube]
+fn replay<C: Size>(
+    state: &mut State<C>,
+    sums: &mut Sums<C>,
+    stage: &Stage<C>,
+    scratch: &mut Array<Vector<f32, C>>,
+    at: Place,
+    record: usize,
+    step0: usize,
+    here: usize,
     #[comptime] bp: Blueprint,
 ) {
     let n_h = comptime!(bp.spec.micro_steps);
-    let chunk = comptime!(bp.chunk);
-    let cols = comptime!(bp.tile_cols());
-    let reads = comptime!(bp.reads());
-    let padded = comptime!(bp.padded_key_dim());
-    let width = comptime!(bp.spec.value_dim);
-    let steps = seq.tokens * n_h;
-    let chunks = (steps + chunk - 1) / chunk;
-    let (ty, tx, part) = (at.place.ty, at.place.tx, at.place.part);
-    let row = TILE_ROWS * ty + part;
-    for done in 0..chunks {
-        let c = chunks - 1 - done;
-        let step0 = c * chunk;
-        let here = usize::min(steps - step0, chunk);
-        let first_read = step0 / n_h;
-        let reads_here = (step0 + here) / n_h - first_read;
-        let record = ((seq.first_chunk + c) * heads as usize + at.head) * comptime!(bp.record_vectors());
-
-        sync_cube();
-        let near = touch(scratch_scalars, record, comptime!(0..bp.kd_at()), bp);
-        keep_state(scratch, record + comptime!(bp.d_state_at()), d_state, at, bp);
-        // dO lies where sums are exchanged, and is put there once more when it is needed again.
-        let from = d_o_at.at(seq.row, seq.start + first_read + row, at.hv);
-        let read = load4(d_o, from, at.channel, row < reads_here, width);
-        exchange[row * cols + tx] = read;
-        sync_cube();
-
-        // diag(beta) dN
-        let mut tile = zeros(TILE_ROWS);
-        let p = record + comptime!(bp.p_at());
-        let each = comptime!(reads.div_ceil(PARTS));
-        let last = usize::min((part + 1) * each, reads_here);
-        mma_transposed(&mut tile, scratch, p, ty, exchange, 0usize, tx, part * each, last, reads, cols);
-        let kd = record + comptime!(bp.kd_at());
-        let each = comptime!(padded / PARTS);
-        mma_transposed(
-            &mut tile,
-            scratch,
-            kd,
-            ty,
-            d_state,
-            0usize,
-            tx,
-            part * each,
-            (part + 1) * each,
-            padded,
-            cols,
-        );
-        sync_cube();
-        let d_n = gather(&tile, exchange, at.place, 0usize, TILE_ROWS, bp);
-        arrived(near, rows, UNIT_POS as usize);
-        let beta = scratch_scalars[4 * (record + comptime!(bp.factors_at())) + row];
-        rows[row * cols + tx] = d_n * F4::new(beta);
-        let mut near = 0.0f32;
-        if c > 0 {
-            let next = record - heads as usize * comptime!(bp.record_vectors());
-            near = touch(scratch_scalars, next, comptime!(bp.kd_at()..bp.factors_at()), bp);
+    for i in 0..here {
+        let step = step0 + i;
+        if comptime!(n_h == 1) || step % n_h == 0 {
+            state.decay(stage, i, at, bp);
         }
+        let key = row(&stage.keys, i, at, bp);
+        sums.put(step % 2, state.read(&key, bp), bp);
+        let value = stage.value(i, at, bp);
+        let factor = Vector::new(stage.k_factor(i, bp));
+        let beta = Vector::new(stage.betas[i]);
         sync_cube();
-
-        let mut tile = zeros(TILE_ROWS);
-        let m = record + comptime!(bp.t_at());
-        let each = comptime!(chunk / PARTS);
-        mma_transposed(
-            &mut tile,
-            scratch,
-            m,
-            ty,
-            rows,
-            0usize,
-            tx,
-            part * each,
-            (part + 1) * each,
-            chunk,
-            cols,
-        );
-        let d_v = gather(&tile, exchange, at.place, 0usize, TILE_ROWS, bp);
-        rows[row * cols + tx] = F4::new(-1.0f32) * d_v;
-        scratch[record + comptime!(bp.dv_at()) + row * comptime!(bp.row4()) + at.channel / 4] = d_v;
-        if row < here {
-            store4(dv, dv_at.at(seq.row, seq.start * n_h + step0 + row, at.hv), at.channel, d_v, width);
+        let r = value - factor * sums.total(step % 2, at.col, bp);
+        if step % comptime!(bp.key_parts()) == at.part {
+            scratch[record + comptime!(bp.in_unit_vectors(bp.r_at())) + row_of(step % bp.chunk, at, bp)] = r;
         }
-        sync_cube();
-        exchange[row * cols + tx] = read;
-        arrived(near, exchange, chunk * cols + UNIT_POS as usize);
-        sync_cube();
-
-        // dS <- gamma dS + Qg^T dO - Kg^T dV, four keys at a time; each unit those that it alone owns.
-        let mut block = at.row(bp);
-        while block < comptime!(padded / 4) {
-            let gamma = scratch[record + comptime!(bp.gamma_at()) + block];
-            let mut tile = Array::<F4>::new(TILE_ROWS);
-            #[unroll]
-            for e in 0..TILE_ROWS {
-                tile[e] = d_state[(4 * block + e) * cols + tx] * F4::new(gamma[e]);
-            }
-            let stacked = comptime!(bp.stacked());
-            mma_transposed(&mut tile, scratch, record, block, rows, 0usize, tx, 0usize, chunk, stacked, cols);
-            let queries = record + chunk;
-            mma_transposed(
-                &mut tile, scratch, queries, block, exchange, 0usize, tx, 0usize, reads_here, stacked, cols,
-            );
-            #[unroll]
-            for e in 0..TILE_ROWS {
-                d_state[(4 * block + e) * cols + tx] = tile[e];
-            }
-            block += chunk;
-        }
+        state.write(&key, factor * beta * r, bp);
     }
-    // A state's tile is stored by other units than have updated it.
-    sync_cube();
 }
 
-/// Copies the tile of a state into the record.
+/// The staged micro-steps backwards, for dV.
 #[cube]
-fn keep_state(
-    scratch: &mut Array<F4>,
-    to: usize,
-    state: &SharedMemory<F4>,
-    at: Tile,
+fn unwind<F: Float, M: Size, C: Size>(
+    d_state: &mut State<C>,
+    sums: &mut Sums<C>,
+    stage: &Stage<C>,
+    scratch: &mut Array<Vector<f32, C>>,
+    dv: &mut Array<Vector<F, M>>,
+    dv_at: Strides,
+    at: Place,
+    seq: Sequence,
+    record: usize,
+    step0: usize,
+    here: usize,
+    scale: f32,
     #[comptime] bp: Blueprint,
 ) {
-    let mut key = at.row(bp);
-    while key < comptime!(bp.padded_key_dim()) {
-        scratch[to + key * comptime!(bp.row4()) + at.channel / 4] =
-            state[key * comptime!(bp.tile_cols()) + at.place.tx];
-        key += comptime!(bp.chunk);
+    let n_h = comptime!(bp.spec.micro_steps);
+    for done in 0..here {
+        let i = here - 1 - done;
+        let step = step0 + i;
+        if comptime!(n_h == 1) || (step + 1) % n_h == 0 {
+            let factor = Vector::new(scale * stage.q_factor(i, bp));
+            let d_o = stage.value(i, at, bp);
+            let query = row(&stage.queries, i, at, bp);
+            d_state.write(&query, factor * d_o, bp);
+        }
+        let key = row(&stage.keys, i, at, bp);
+        sums.put(step % 2, d_state.read(&key, bp), bp);
+        let factor = Vector::new(stage.k_factor(i, bp));
+        let beta = Vector::new(stage.betas[i]);
+        sync_cube();
+        let d_v = factor * beta * sums.total(step % 2, at.col, bp);
+        if step % comptime!(bp.key_parts()) == at.part {
+            scratch[record + comptime!(bp.in_unit_vectors(bp.dv_at())) + row_of(step % bp.chunk, at, bp)] =
+                d_v;
+            let row = dv_at.at(seq.row, seq.start * n_h + step, at.hv);
+            store(dv, row, at.channel, d_v, bp.spec.value_dim);
+        }
+        d_state.write(&key, Vector::new(-1.0f32) * factor * d_v, bp);
+        if comptime!(n_h == 1) || step % n_h == 0 {
+            d_state.decay(stage, i, at, bp);
+        }
     }
 }

@@ -1,30 +1,38 @@
-//! Backward: five launches per pass, and one more where the gate is a formula.
+//! Backward: four launches per pass, and one more where the gate is a formula.
+
+use std::ops::Deref;
 
 use cubecl::prelude::*;
+use cubecl::server::Handle;
 use delta_rule_kernels::portable::collect::{collect, collect_constants};
 use delta_rule_kernels::portable::gradients::gradients;
 use delta_rule_kernels::portable::sweep::sweep;
 
-use super::{Launches, blueprint};
-use crate::Result;
+use super::Launches;
 use crate::gpu::backward::{Adjoint, Destinations};
-use crate::gpu::call::{Call, cubes, strides, written};
-use crate::gpu::tensors::Checked;
+use crate::gpu::call::{Call, array, cubes, strides, too_large, written};
+use crate::gpu::tensors::{Checked, binding_limit};
+use crate::gpu::{MIN_BUFFER, f32_type};
+use crate::{Error, Result};
 
-/// `prepare`, `sweep`, `gradients`, `collect`.
+/// Scratch beyond this is worked off in several passes over the heads.
+const MAX_SCRATCH: u64 = 2 << 30;
+
+/// `sweep`, `gradients`, `collect`.
 pub(in crate::gpu) fn backward<R: Runtime>(
     client: &ComputeClient<R>,
     call: &Call<R>,
     from: &Adjoint<R>,
     to: &Destinations<R>,
 ) -> Result<()> {
-    let bp = blueprint(client, call, true)?;
-    let group = call.group() as usize;
-    let on = Launches::new(client, call, &[&from.o, &to.q, &to.k, &to.v], bp, group)?;
-    for (first_head, heads) in on.passes.iter() {
-        if on.table.chunks > 0 {
-            on.prepare(first_head, heads);
-        }
+    let launches = Launches::new(client, call, &[&from.o, &to.q, &to.k, &to.v], true)?;
+    let passes = Passes::new(&launches)?;
+    // The ordinary pools give a large buffer back to the driver between two calls, which costs more than the kernels.
+    let scratch = client
+        .memory_persistent_allocation(passes.scratch_bytes, |bytes| client.empty(bytes))
+        .map_err(|e| Error::Device { what: e.to_string() })?;
+    let on = WithRecords { launches, scratch, scratch_len: passes.scratch_bytes / 4 };
+    for (first_head, heads) in passes.iter() {
         on.sweep(from, to, first_head, heads);
         if on.table.chunks > 0 {
             on.gradients(from, to, first_head, heads);
@@ -36,7 +44,62 @@ pub(in crate::gpu) fn backward<R: Runtime>(
     Ok(())
 }
 
-impl<R: Runtime> Launches<'_, R> {
+/// How the heads are cut into passes, each with scratch for its records; those of a group stay together.
+struct Passes {
+    scratch_bytes: usize,
+    value_heads: usize,
+    heads_per_pass: usize,
+}
+
+impl Passes {
+    fn new<R: Runtime>(on: &Launches<R>) -> Result<Self> {
+        let value_heads = on.call.problem.shape().value_heads;
+        let multiple = on.call.group() as usize;
+        let each = (multiple * on.table.chunks * on.bp.record_bytes()) as u64;
+        let device_limit = binding_limit(on.client, f32_type());
+        let limit = device_limit.min(MAX_SCRATCH.max(each));
+        let parts = value_heads / multiple;
+        let parts_per_pass = limit.checked_div(each).map_or(parts, |n| n as usize);
+        if parts_per_pass == 0 {
+            return Err(too_large(each, device_limit));
+        }
+        // Passes of equal size: a small last one would leave the device idle.
+        let passes = parts.div_ceil(parts_per_pass.min(parts));
+        let parts_per_pass = parts.div_ceil(passes);
+        let heads_per_pass = multiple * parts_per_pass;
+        // Few sizes, since the client keeps each: see `scratch`.
+        let exact = each * parts_per_pass as u64;
+        let scratch_bytes = (exact.next_power_of_two().min(device_limit) as usize).max(MIN_BUFFER);
+        Ok(Self { scratch_bytes, value_heads, heads_per_pass })
+    }
+
+    /// `(first head, heads)` of every pass.
+    fn iter(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        let step = self.heads_per_pass;
+        (0..self.value_heads).step_by(step).map(move |h| (h, step.min(self.value_heads - h)))
+    }
+}
+
+/// What every launch of a backward binds.
+struct WithRecords<'a, R: Runtime> {
+    launches: Launches<'a, R>,
+    scratch: Handle,
+    scratch_len: usize,
+}
+
+impl<'a, R: Runtime> Deref for WithRecords<'a, R> {
+    type Target = Launches<'a, R>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.launches
+    }
+}
+
+impl<R: Runtime> WithRecords<'_, R> {
+    fn scratch(&self) -> ArrayArg<R> {
+        array(&self.scratch, self.scratch_len)
+    }
+
     fn sweep(&self, from: &Adjoint<R>, to: &Destinations<R>, first_head: usize, heads: usize) {
         let (client, call, bp) = (self.client, self.call, self.bp);
         let sequences = call.problem.sequences();
@@ -47,16 +110,27 @@ impl<R: Runtime> Launches<'_, R> {
                 cubes(client, 2 * sequences * heads * bp.value_tiles()),
                 CubeDim::new_1d(bp.scan_units() as u32),
                 self.vector,
+                self.value_vector(),
+                bp.unit_values,
+                self.arg(Some(&call.q)),
+                self.arg(Some(&call.k)),
                 self.arg(Some(&call.v)),
+                self.arg(Some(&call.beta)),
+                self.arg(call.g.as_ref()),
+                self.arg(call.a_log.as_ref()),
+                self.arg(call.dt_bias.as_ref()),
                 self.arg(Some(&from.o)),
-                self.scratch(),
                 self.scratch(),
                 self.arg(call.initial_state.as_ref()),
                 self.arg(from.final_state.as_ref()),
                 self.table(),
                 written(client, &to.v),
                 to.initial_state.arg(),
+                strides(Some(&call.q)),
+                strides(Some(&call.k)),
                 strides(Some(&call.v)),
+                strides(Some(&call.beta)),
+                strides(call.g.as_ref()),
                 strides(Some(&from.o)),
                 strides(Some(&to.v)),
                 call.state_strides(call.initial_state.as_ref()),
@@ -65,9 +139,12 @@ impl<R: Runtime> Launches<'_, R> {
                 sequences as u32,
                 first_head as u32,
                 heads as u32,
+                call.group(),
+                call.scale(),
+                call.lower_bound(),
                 from.final_state.is_some(),
                 bp,
-                call.dtypes.data,
+                self.dtypes(),
             );
         }
     }
@@ -80,7 +157,7 @@ impl<R: Runtime> Launches<'_, R> {
             gradients::launch_unchecked::<R>(
                 client,
                 cubes(client, self.table.chunks * heads),
-                CubeDim::new_1d(bp.prepare_units() as u32),
+                CubeDim::new_1d(bp.chunk_units() as u32),
                 self.vector,
                 self.arg(Some(&call.q)),
                 self.arg(Some(&call.k)),
@@ -123,7 +200,7 @@ impl<R: Runtime> Launches<'_, R> {
             collect::launch_unchecked::<R>(
                 client,
                 cubes(client, self.table.chunks * heads / group),
-                CubeDim::new_1d(bp.prepare_units() as u32),
+                CubeDim::new_1d(bp.chunk_units() as u32),
                 self.vector,
                 self.arg(Some(x)),
                 self.table(),
@@ -150,7 +227,7 @@ impl<R: Runtime> Launches<'_, R> {
             collect_constants::launch_unchecked::<R>(
                 self.client,
                 cubes(self.client, heads),
-                CubeDim::new_1d(self.bp.prepare_units() as u32),
+                CubeDim::new_1d(self.bp.chunk_units() as u32),
                 self.scratch(),
                 a_log.arg(),
                 to.dt_bias.as_ref().unwrap_or(a_log).arg(),

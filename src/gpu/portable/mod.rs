@@ -1,4 +1,4 @@
-//! The portable kernels: which blueprint, how many passes, and the launches of each.
+//! The portable kernels: which blueprint, and the launches of each pass.
 
 mod backward;
 mod forward;
@@ -8,24 +8,26 @@ pub(super) use forward::forward;
 
 use cubecl::prelude::*;
 use cubecl::server::Handle;
+use delta_rule_kernels::Decay;
 use delta_rule_kernels::portable::Blueprint;
-use delta_rule_kernels::portable::prepare::prepare;
 
-use super::call::{Call, Table, array, cubes, strides, too_large};
-use super::tensors::{Checked, binding_limit};
-use super::{MIN_BUFFER, f32_type};
+use super::call::{Call, Table, array};
+use super::tensors::Checked;
 use crate::{Error, Result};
 
-/// Scratch beyond this is worked off in several passes over the heads.
-const MAX_SCRATCH: u64 = 1 << 30;
+/// Units of a cube of `gradients`, whatever the chunk: inside every device's limit, and few enough that none spills.
+const CHUNK_UNITS: usize = 128;
 
-/// Units of a `prepare` cube, whatever the chunk: inside every device's limit, and few enough that none spills.
-const PREPARE_UNITS: usize = 128;
+/// Units of a cube of `scan` and `sweep`, where there are value channels for as many. Few wait less for each other; but
+/// Vulkan was seen to keep one cube on a multiprocessor, whatever it leaves free.
+const CUDA_UNITS: usize = 64;
+const WGPU_UNITS: usize = 128;
 
-/// What a product asks for together: WGPU's compilers take all the registers that they like, CUDA's spills rather
-/// than give up a cube on the multiprocessor.
-const CUDA_AHEAD: usize = 4;
-const WGPU_AHEAD: usize = 16;
+/// Shared memory of a cube: what every device has, and little enough for several on a multiprocessor.
+const SHARED_MEMORY: usize = 32 << 10;
+
+/// With so many blocks of 32 keys and four value channels there is work for a large device when each unit takes one.
+const FULL: usize = 10 << 10;
 
 fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, backward: bool) -> Result<Blueprint> {
     let chunks: &[usize] = match call.options.chunk_size {
@@ -36,18 +38,37 @@ fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, backward: bo
     };
     let spec = call.spec();
     let hardware = &client.properties().hardware;
-    let ahead = if hardware.num_streaming_multiprocessors.is_some() { CUDA_AHEAD } else { WGPU_AHEAD };
-    let base = Blueprint { spec, chunk: 0, value_tile: 0, parts: 0, ahead, backward };
-    let fits = |bp: &Blueprint| {
-        bp.shared_memory() <= hardware.max_shared_memory_size
-            && bp.prepare_units().max(bp.scan_units()) <= hardware.max_units_per_cube as usize
+    let units = if hardware.num_streaming_multiprocessors.is_some() { CUDA_UNITS } else { WGPU_UNITS };
+    let lanes = call.problem.sequences() * call.problem.shape().value_heads;
+    let sized = &|chunk: usize, stage: usize| {
+        let mut bp = Blueprint {
+            spec,
+            chunk,
+            stage,
+            unit_keys: 32,
+            unit_values: if backward { 2 } else { 4 },
+            value_tile: 0,
+            parts: CHUNK_UNITS / chunk,
+            backward,
+        };
+        if lanes * spec.value_dim.div_ceil(4) * bp.padded_key_dim() / 32 < FULL {
+            (bp.unit_keys, bp.unit_values) = (16, 2);
+        }
+        let cols = units * bp.unit_keys / bp.padded_key_dim();
+        let widest = spec.value_dim.next_multiple_of(4).max(4);
+        bp.value_tile = (cols * bp.unit_values / 4 * 4).clamp(4, widest);
+        bp
     };
-    let tiles = [32, 16].into_iter().filter(|&tile| tile == 16 || spec.value_dim > 16);
-    let sized =
-        |chunk: usize, value_tile| Blueprint { chunk, value_tile, parts: PREPARE_UNITS / chunk, ..base };
-    let smallest = sized(16, 16);
-    tiles
-        .flat_map(|value_tile| chunks.iter().map(move |&chunk| sized(chunk, value_tile)))
+    let fits = |bp: &Blueprint| {
+        bp.shared_memory() <= hardware.max_shared_memory_size.min(SHARED_MEMORY)
+            && bp.chunk_units().max(bp.scan_units()) <= hardware.max_units_per_cube as usize
+    };
+    // Gates per channel are as many registers more on their way.
+    let stages: &[usize] = if spec.decay == Decay::Channel { &[4] } else { &[8, 4] };
+    let smallest = sized(16, 4);
+    chunks
+        .iter()
+        .flat_map(|&chunk| stages.iter().map(move |&stage| sized(chunk, stage)))
         .find(fits)
         .ok_or_else(|| Error::Device {
             what: format!(
@@ -59,46 +80,6 @@ fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, backward: bo
         })
 }
 
-/// How the heads are cut into passes, each with scratch for its records; `multiple` of them stay together.
-struct Passes {
-    scratch_bytes: usize,
-    value_heads: usize,
-    heads_per_pass: usize,
-}
-
-impl Passes {
-    fn new<R: Runtime>(
-        client: &ComputeClient<R>,
-        value_heads: usize,
-        multiple: usize,
-        chunks: usize,
-        bp: &Blueprint,
-    ) -> Result<Self> {
-        let each = (multiple * chunks * bp.record_bytes()) as u64;
-        let device_limit = binding_limit(client, f32_type());
-        let limit = device_limit.min(MAX_SCRATCH.max(each));
-        let parts = value_heads / multiple;
-        let parts_per_pass = limit.checked_div(each).map_or(parts, |n| n as usize);
-        if parts_per_pass == 0 {
-            return Err(too_large(each, device_limit));
-        }
-        // Passes of equal size: a small last one would leave the device idle.
-        let passes = parts.div_ceil(parts_per_pass.min(parts));
-        let parts_per_pass = parts.div_ceil(passes);
-        let heads_per_pass = multiple * parts_per_pass;
-        // Few sizes, since the client keeps each: see `scratch`.
-        let exact = each * parts_per_pass as u64;
-        let scratch_bytes = (exact.next_power_of_two().min(device_limit) as usize).max(MIN_BUFFER);
-        Ok(Self { scratch_bytes, value_heads, heads_per_pass })
-    }
-
-    /// `(first head, heads)` of every pass.
-    fn iter(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
-        let step = self.heads_per_pass;
-        (0..self.value_heads).step_by(step).map(move |h| (h, step.min(self.value_heads - h)))
-    }
-}
-
 /// What every launch of a call binds.
 struct Launches<'a, R: Runtime> {
     client: &'a ComputeClient<R>,
@@ -106,40 +87,33 @@ struct Launches<'a, R: Runtime> {
     bp: Blueprint,
     table: Table,
     table_handle: Handle,
-    passes: Passes,
-    scratch: Handle,
     /// Elements of q, k, v, o and their gradients that are read at a time.
     vector: usize,
 }
 
 impl<'a, R: Runtime> Launches<'a, R> {
-    /// `others` are what is read or written with the vectors of q, k and v; `multiple` heads stay in one pass.
+    /// `others` are what is read or written with the vectors of q, k and v.
     fn new(
         client: &'a ComputeClient<R>,
         call: &'a Call<'a, R>,
         others: &[&Checked<R>],
-        bp: Blueprint,
-        multiple: usize,
+        backward: bool,
     ) -> Result<Self> {
+        let bp = blueprint(client, call, backward)?;
         let table = Table::new(call.problem, bp.chunk)?;
-        let passes = Passes::new(client, call.problem.shape().value_heads, multiple, table.chunks, &bp)?;
         let data = [&call.q, &call.k, &call.v].into_iter().chain(others.iter().copied());
         let vector = if data.into_iter().all(|t| t.vectorizes(call.dtypes.data, 4)) { 4 } else { 1 };
         let table_handle = table.upload(client);
-        // The ordinary pools give a large buffer back to the driver between two calls, which costs more than the
-        // kernels.
-        let scratch = client
-            .memory_persistent_allocation(passes.scratch_bytes, |bytes| client.empty(bytes))
-            .map_err(|e| Error::Device { what: e.to_string() })?;
-        Ok(Self { client, call, bp, table, table_handle, passes, scratch, vector })
+        Ok(Self { client, call, bp, table, table_handle, vector })
+    }
+
+    /// The same of v, o and their gradients, as units of `scan` and `sweep` hold only as many value channels.
+    fn value_vector(&self) -> usize {
+        self.vector.min(self.bp.unit_values)
     }
 
     fn table(&self) -> ArrayArg<R> {
         array(&self.table_handle, self.table.entries.len())
-    }
-
-    fn scratch(&self) -> ArrayArg<R> {
-        array(&self.scratch, self.passes.scratch_bytes / 4)
     }
 
     /// A tensor of no elements has no buffer that could be bound, and one that is absent is never read.
@@ -152,41 +126,5 @@ impl<'a, R: Runtime> Launches<'a, R> {
 
     fn dtypes(&self) -> [cubecl::ir::StorageType; 3] {
         [self.call.dtypes.data, self.call.dtypes.beta, self.call.dtypes.gate]
-    }
-
-    /// Fills the records of a pass.
-    fn prepare(&self, first_head: usize, heads: usize) {
-        let call = self.call;
-        // Safety: every index lies inside its buffer, as `checked` has found from shapes and strides.
-        unsafe {
-            prepare::launch_unchecked::<R>(
-                self.client,
-                cubes(self.client, self.table.chunks * heads),
-                CubeDim::new_1d(self.bp.prepare_units() as u32),
-                self.vector,
-                self.arg(Some(&call.q)),
-                self.arg(Some(&call.k)),
-                self.arg(Some(&call.beta)),
-                self.arg(call.g.as_ref()),
-                self.arg(call.a_log.as_ref()),
-                self.arg(call.dt_bias.as_ref()),
-                self.table(),
-                self.scratch(),
-                self.scratch(),
-                strides(Some(&call.q)),
-                strides(Some(&call.k)),
-                strides(Some(&call.beta)),
-                strides(call.g.as_ref()),
-                call.problem.sequences() as u32,
-                self.table.chunks as u32,
-                first_head as u32,
-                heads as u32,
-                call.group(),
-                call.scale(),
-                call.lower_bound(),
-                self.bp,
-                self.dtypes(),
-            );
-        }
     }
 }

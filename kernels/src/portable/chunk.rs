@@ -1,0 +1,103 @@
+//! The chunk that a cube of `gradients` works on, and its rows of q, k and decays in shared memory.
+
+use cubecl::prelude::*;
+
+use super::blueprint::{Blueprint, SLICE, SLICE_LD, SLICE4};
+use super::state::is_key;
+use crate::math::decays_of;
+use crate::record::{F4, Strides, load, sequence};
+
+/// The chunk that a cube works on.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Chunk {
+    /// Row of the batch.
+    pub(crate) row: usize,
+    /// First token of the sequence.
+    pub(crate) start: usize,
+    /// First micro-step of the chunk, in its sequence.
+    pub(crate) step0: usize,
+    /// Micro-steps in the chunk.
+    pub(crate) rows: usize,
+}
+
+/// Chunk `id` of the table.
+#[cube]
+pub(crate) fn chunk_of(table: &Array<u32>, id: usize, sequences: u32, #[comptime] bp: Blueprint) -> Chunk {
+    let seq = sequence(table, table[4 * sequences as usize + id] as usize);
+    let step0 = (id - seq.first_chunk) * bp.chunk;
+    let rows = usize::min(seq.tokens * bp.spec.micro_steps - step0, bp.chunk);
+    Chunk { row: seq.row, start: seq.start, step0, rows }
+}
+
+/// Slice `s` of the chunk's keys and, in the rows where a token ends, of its queries.
+#[cube]
+pub(crate) fn load_qk<F: Float, N: Size>(
+    q: &Array<Vector<F, N>>,
+    k: &Array<Vector<F, N>>,
+    queries: &mut SharedMemory<F4>,
+    keys: &mut SharedMemory<F4>,
+    q_at: Strides,
+    k_at: Strides,
+    here: Chunk,
+    h: usize,
+    s: usize,
+    q_rstd: &SharedMemory<f32>,
+    k_rstd: &SharedMemory<f32>,
+    #[comptime] bp: Blueprint,
+) {
+    let n_h = comptime!(bp.spec.micro_steps);
+    let mut x = UNIT_POS as usize;
+    while x < comptime!(bp.chunk * SLICE4) {
+        let row = x / SLICE4;
+        let c = x % SLICE4;
+        let channel = s * SLICE + 4 * c;
+        let step = here.step0 + row;
+        let valid = row < here.rows;
+        let k_row = k_at.at(here.row, here.start * n_h + step, h);
+        let key = load(k, k_row, channel, valid, bp.spec.key_dim);
+        keys[row * SLICE_LD + c] = key * F4::new(k_rstd[row]);
+        let is_read = valid && (step + 1) % n_h == 0;
+        let q_row = q_at.at(here.row, here.start + step / n_h, h);
+        let query = load(q, q_row, channel, is_read, bp.spec.key_dim);
+        queries[row * SLICE_LD + c] = query * F4::new(q_rstd[row]);
+        x += bp.chunk_units();
+    }
+}
+
+/// Slice `s` of the chunk's decays: $e^g$ where a token begins, 1 elsewhere.
+#[cube]
+pub(crate) fn load_decays<G: Float>(
+    g: &Array<G>,
+    a_log: &Array<f32>,
+    dt_bias: &Array<f32>,
+    decays: &mut SharedMemory<F4>,
+    g_at: Strides,
+    here: Chunk,
+    hv: usize,
+    s: usize,
+    lower_bound: f32,
+    #[comptime] bp: Blueprint,
+) {
+    let n_h = comptime!(bp.spec.micro_steps);
+    let mut x = UNIT_POS as usize;
+    while x < comptime!(bp.chunk * SLICE4) {
+        let row = x / SLICE4;
+        let c = x % SLICE4;
+        let step = here.step0 + row;
+        let starts = row < here.rows && step % n_h == 0;
+        let from = g_at.at(here.row, here.start + step / n_h, hv);
+        let channel = s * SLICE + 4 * c;
+        let mut gates = F4::new(0.0f32);
+        if starts {
+            #[unroll]
+            for e in 0..4usize {
+                if is_key(channel + e, bp) {
+                    gates[e] = f32::cast_from(g[from + channel + e]);
+                }
+            }
+        }
+        decays[row * SLICE_LD + c] =
+            decays_of(gates, a_log, dt_bias, hv, channel, starts, lower_bound, bp.spec);
+        x += bp.chunk_units();
+    }
+}
