@@ -13,7 +13,7 @@
 //! |---|---|---|
 //! | [`mod@reference`] | token loops, forward and backward: the truth | CPU, f32 and f64 |
 //! | [`chunk`] | chunkwise form, forward and backward | CPU, all threads, f32 and f64 |
-//! | `gpu` (features `wgpu`, `cuda`) | chunkwise kernels, forward and backward | f32, f16, and bf16 on CUDA |
+//! | `gpu` (features `wgpu`, `cuda`) | kernels, forward and backward | f32, f16, and bf16 on CUDA |
 //!
 //! All take a [`Problem`] (rule and shapes, checked when made), [`Options`] and the tensors, and return a
 //! [`Result`] whose [`Error`] names what is wrong before anything is computed.

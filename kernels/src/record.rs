@@ -117,3 +117,25 @@ pub(crate) fn store<F: Float, N: Size, C: Size>(
         }
     }
 }
+
+/// Four of a token's gates per channel, from channel `c` on; zeros past the end or when `!valid`. Rows of gates need not be
+/// aligned.
+#[cube]
+pub(crate) fn load_gates<G: Float>(
+    g: &Array<G>,
+    row: usize,
+    c: usize,
+    valid: bool,
+    #[comptime] width: usize,
+) -> F4 {
+    let mut gates = F4::new(0.0f32);
+    if valid {
+        #[unroll]
+        for e in 0..4usize {
+            if c + e < width {
+                gates[e] = f32::cast_from(g[row + c + e]);
+            }
+        }
+    }
+    gates
+}

@@ -96,9 +96,9 @@ pub fn forward_saving<R: Runtime>(
 /// K = V = 128), with gates per channel `6 K + K / 8` more (2.2 KB; with a gate formula another `K / 8`), and where heads
 /// are grouped `4 K`.
 ///
-/// Other calls take the portable kernels. Their scratch is `4 (2 K' V' / C + 3 K' + 2 C + 2 V' + 2 K')` bytes per
-/// micro-step and value head, nearly, K' and V' being K and V rounded up to 32 and C the chunk size of 32 (7.9 KB at
-/// K = V = 128), in passes over the heads of at most 1 GiB.
+/// Other calls take the portable kernels. Their scratch is `4 (2 K' V' / C + 2 K' + 2 V' + 3)` bytes per micro-step and
+/// value head, nearly, K' being K rounded up to 32, V' V rounded up to the channels of whole cubes, and C the chunk
+/// size of 32 (6.2 KB at K = V = 128), in passes over the heads of at most 2 GiB.
 ///
 /// # Errors
 /// As [`forward_into`](super::forward_into), and for gradients of the wrong shape, type or size.

@@ -1,4 +1,4 @@
-//! The front door on CubeCL bindings: chunkwise kernels on CUDA and WGPU.
+//! The front door on CubeCL bindings: kernels on CUDA and WGPU.
 //!
 //! Everything stays on the device and nothing waits for it: a call checks its arguments and puts its kernels into
 //! the stream. Kernel faults therefore surface where CubeCL reports them, at the next `sync`, `flush` or read of
@@ -14,9 +14,8 @@
 //!   with `4 K (K + V)` bytes more for each segment and value head; records and segments together take at most 1 KiB
 //!   per micro-step and value head, or there is no split.
 //! - **Portable** (every device, every shape): f32, f16 or bf16 data, arithmetic in f32. `Options::chunk_size` of 16
-//!   asks for them. Scratch is `4 (3 K' + 2 C + K' / C)` bytes per micro-step and value head, K' being K rounded up to
-//!   32 and C the chunk size (1.8 KB at K = 128), in passes over the heads of at most 1 GiB. The backward is theirs
-//!   alone: see [`backward`](fn@backward).
+//!   asks for them. They take a micro-step at a time, with the state in registers: one launch, no scratch. The backward
+//!   is theirs alone for what the tensor cores do not take: see [`backward`](fn@backward).
 //!
 //! The client keeps scratch for the next call until its `memory_cleanup`.
 

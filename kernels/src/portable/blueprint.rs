@@ -21,7 +21,7 @@ pub struct Blueprint {
     pub chunk: usize,
     /// Key channels of the state that one unit of `scan` and `sweep` holds, a divisor of 32 and multiple of 4.
     pub unit_keys: usize,
-    /// Value channels of them: 4 or 1.
+    /// Value channels of them: 4 or 2.
     pub unit_values: usize,
     /// Value channels of one cube of `scan` and `sweep`, a multiple of those of a unit.
     pub value_tile: usize,

@@ -3,9 +3,8 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{Blueprint, SLICE, SLICE_LD, SLICE4};
-use super::state::is_key;
 use crate::math::decays_of;
-use crate::record::{F4, Strides, load, sequence};
+use crate::record::{F4, Strides, load, load_gates, sequence};
 
 /// The chunk that a cube works on.
 #[derive(CubeType, Clone, Copy)]
@@ -87,15 +86,7 @@ pub(crate) fn load_decays<G: Float>(
         let starts = row < here.rows && step % n_h == 0;
         let from = g_at.at(here.row, here.start + step / n_h, hv);
         let channel = s * SLICE + 4 * c;
-        let mut gates = F4::new(0.0f32);
-        if starts {
-            #[unroll]
-            for e in 0..4usize {
-                if is_key(channel + e, bp) {
-                    gates[e] = f32::cast_from(g[from + channel + e]);
-                }
-            }
-        }
+        let gates = load_gates(g, from, channel, starts, bp.spec.key_dim);
         decays[row * SLICE_LD + c] =
             decays_of(gates, a_log, dt_bias, hv, channel, starts, lower_bound, bp.spec);
         x += bp.chunk_units();

@@ -4,7 +4,7 @@
 use cubecl::prelude::*;
 
 use super::blueprint::Blueprint;
-use super::stage::{Fetched, Pass, Stage, steps_of};
+use super::stage::{Parcel, Pass, Stage, steps_of};
 use super::state::{State, Sums, place_of, row};
 use crate::record::{StateStrides, Strides, sequence, store};
 
@@ -54,17 +54,17 @@ pub fn scan<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size>(
     let steps = seq.tokens * n_h;
     let mut state = State::<C>::load(initial_state, initial_at, at, bp.spec.has_initial_state, bp);
 
-    let mut fetched = Fetched::<C>::new(bp);
+    let mut parcel = Parcel::<C>::new(bp);
     let stages = (steps + bp.stage - 1) / bp.stage;
     let mut step0 = 0usize;
     let mut here = 0usize;
     for next in 0..stages + 1 {
         // What the last turn has asked for; nothing at first.
         if here > 0 {
-            stage.put(&fetched, a_log, dt_bias, at, step0, lower_bound, Pass::Forward, bp);
+            stage.put(&parcel, a_log, dt_bias, at, step0, lower_bound, Pass::Forward, bp);
         }
         let (after, rows) = steps_of(next, stages, steps, bp);
-        fetched.fetch(
+        parcel.fetch(
             q,
             k,
             v,

@@ -3,9 +3,9 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{Blueprint, NORM_PIECES};
-use super::state::{Place, is_key};
+use super::state::Place;
 use crate::math::{beta_of, decay_of, decays_of, dot, gate_constants};
-use crate::record::{F4, Sequence, Strides, load};
+use crate::record::{F4, Sequence, Strides, load, load_gates};
 use crate::spec::Decay;
 
 /// What a pass over the state takes from each micro-step.
@@ -33,7 +33,7 @@ pub(crate) fn steps_of(n: usize, stages: usize, steps: usize, #[comptime] bp: Bl
 /// This unit's share of the next micro-steps, on its way from device to shared memory: asked for while those before are
 /// worked on, since device memory is a whole stage away.
 #[derive(CubeType)]
-pub(crate) struct Fetched<C: Size> {
+pub(crate) struct Parcel<C: Size> {
     keys: Array<F4>,
     queries: Array<F4>,
     gates: Array<F4>,
@@ -43,11 +43,11 @@ pub(crate) struct Fetched<C: Size> {
 }
 
 #[cube]
-impl<C: Size> Fetched<C> {
-    pub(crate) fn new(#[comptime] bp: Blueprint) -> Fetched<C> {
+impl<C: Size> Parcel<C> {
+    pub(crate) fn new(#[comptime] bp: Blueprint) -> Parcel<C> {
         let rows = comptime!(bp.staged_vectors());
         let scalars = comptime!(bp.staged_scalars());
-        Fetched::<C> {
+        Parcel::<C> {
             keys: Array::<F4>::new(rows),
             queries: Array::<F4>::new(rows),
             gates: Array::<F4>::new(rows),
@@ -94,17 +94,7 @@ impl<C: Size> Fetched<C> {
                 self.queries[n] = load(q, q_at.at(seq.row, token, h), c, ends, key_dim);
             }
             if comptime!(bp.spec.decay == Decay::Channel) {
-                let from = g_at.at(seq.row, token, at.hv);
-                let mut gates = F4::new(0.0f32);
-                if i < here {
-                    #[unroll]
-                    for e in 0..4usize {
-                        if is_key(c + e, bp) {
-                            gates[e] = f32::cast_from(g[from + c + e]);
-                        }
-                    }
-                }
-                self.gates[n] = gates;
+                self.gates[n] = load_gates(g, g_at.at(seq.row, token, at.hv), c, i < here, key_dim);
             }
         }
         #[unroll]
@@ -172,7 +162,7 @@ impl<C: Size> Stage<C> {
     /// Puts down micro-steps from `step0` on. There is a barrier before anything is overwritten, and one behind.
     pub(crate) fn put(
         &mut self,
-        from: &Fetched<C>,
+        from: &Parcel<C>,
         a_log: &Array<f32>,
         dt_bias: &Array<f32>,
         at: Place,

@@ -1,7 +1,7 @@
 //! A cube's tile of the state, in the registers of its units, and what happens to it.
 //!
-//! A unit holds some keys of a few value channels, C of them in a vector. To decay and to write are its own affair; what it reads are partial
-//! sums, which pass through shared memory ([`Sums`]).
+//! A unit holds some keys of a few value channels, C of them in a vector. To decay and to write are its own affair; what
+//! it reads are partial sums, which pass through shared memory ([`Sums`]).
 
 use cubecl::prelude::*;
 
@@ -133,18 +133,15 @@ impl<C: Size> State<C> {
 
     /// This unit's part of $S^\top x$.
     pub(crate) fn read(&self, x: &Array<F4>, #[comptime] bp: Blueprint) -> Vector<f32, C> {
-        // Several sums, so that they need not wait for each other.
-        let chains = comptime!(4 / bp.unit_values.min(2));
-        let mut sums = Array::<Vector<f32, C>>::new(chains);
+        // Two sums, which need not wait for each other.
+        let mut even = Vector::new(0.0f32);
+        let mut odd = Vector::new(0.0f32);
         #[unroll]
-        for s in 0..chains {
-            sums[s] = Vector::new(0.0f32);
+        for r in 0..comptime!(bp.unit_keys / 2) {
+            even = fma(Vector::new(x[r / 2][2 * r % 4]), self.keys[2 * r], even);
+            odd = fma(Vector::new(x[r / 2][2 * r % 4 + 1]), self.keys[2 * r + 1], odd);
         }
-        #[unroll]
-        for r in 0..bp.unit_keys {
-            sums[r % chains] = fma(Vector::new(x[r / 4][r % 4]), self.keys[r], sums[r % chains]);
-        }
-        sum_of(&mut sums, chains)
+        even + odd
     }
 
     /// S <- S + x n^T.
@@ -169,7 +166,7 @@ pub(crate) fn row(rows: &SharedMemory<F4>, i: usize, at: Place, #[comptime] bp: 
 }
 
 #[cube]
-pub(crate) fn is_key(key: usize, #[comptime] bp: Blueprint) -> bool {
+fn is_key(key: usize, #[comptime] bp: Blueprint) -> bool {
     comptime!(bp.padded_key_dim() == bp.spec.key_dim) || key < bp.spec.key_dim
 }
 
@@ -182,22 +179,6 @@ fn is_value(channel: usize, #[comptime] bp: Blueprint) -> bool {
 #[cube]
 pub(crate) fn row_of(i: usize, at: Place, #[comptime] bp: Blueprint) -> usize {
     i * comptime!(bp.in_unit_vectors(bp.row4())) + at.channel / bp.unit_values
-}
-
-/// The sum of all terms, by pairs.
-#[cube]
-fn sum_of<C: Size>(terms: &mut Array<Vector<f32, C>>, #[comptime] len: usize) -> Vector<f32, C> {
-    #[unroll]
-    for level in 0..comptime!(len.next_power_of_two().ilog2() as usize) {
-        let here = comptime!(len.div_ceil(1 << level));
-        let half = comptime!(here.div_ceil(2));
-        #[unroll]
-        for t in 0..comptime!(here - half) {
-            let other = terms[t + half];
-            terms[t] += other;
-        }
-    }
-    terms[0]
 }
 
 /// Partial sums on their way from the units of a column to each other.
@@ -217,15 +198,25 @@ impl<C: Size> Sums<C> {
         self.parts[slot * comptime!(bp.scan_units()) + UNIT_POS as usize] = part;
     }
 
-    /// All parts of a column's sum, behind a barrier; always in the same order.
+    /// All parts of a column's sum, behind a barrier; always in the same order, by pairs.
     pub(crate) fn total(&self, slot: usize, col: usize, #[comptime] bp: Blueprint) -> Vector<f32, C> {
         let first = slot * comptime!(bp.scan_units()) + col;
         let parts = comptime!(bp.key_parts());
-        let mut sums = Array::<Vector<f32, C>>::new(parts);
+        let mut terms = Array::<Vector<f32, C>>::new(parts);
         #[unroll]
         for p in 0..parts {
-            sums[p] = self.parts[first + p * comptime!(bp.tile_cols())];
+            terms[p] = self.parts[first + p * comptime!(bp.tile_cols())];
         }
-        sum_of(&mut sums, parts)
+        #[unroll]
+        for level in 0..comptime!(parts.next_power_of_two().ilog2() as usize) {
+            let here = comptime!(parts.div_ceil(1 << level));
+            let half = comptime!(here.div_ceil(2));
+            #[unroll]
+            for t in 0..comptime!(here - half) {
+                let other = terms[t + half];
+                terms[t] += other;
+            }
+        }
+        terms[0]
     }
 }

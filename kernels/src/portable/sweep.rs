@@ -11,7 +11,7 @@
 use cubecl::prelude::*;
 
 use super::blueprint::Blueprint;
-use super::stage::{Fetched, Pass, Stage, steps_of};
+use super::stage::{Parcel, Pass, Stage, steps_of};
 use super::state::{Place, State, Sums, place_of, row, row_of};
 use crate::record::{Sequence, StateStrides, Strides, sequence, store};
 
@@ -65,7 +65,7 @@ pub fn sweep<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size>(
     let seq = sequence(table, at.n);
     let steps = seq.tokens * n_h;
     let stages = (steps + bp.stage - 1) / bp.stage;
-    let mut fetched = Fetched::<C>::new(bp);
+    let mut parcel = Parcel::<C>::new(bp);
     // What the last turn has asked for; nothing at first.
     let mut step0 = 0usize;
     let mut here = 0usize;
@@ -78,7 +78,7 @@ pub fn sweep<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size>(
                 if end % bp.chunk == 0 || end == steps {
                     d_state.keep(scratch, record + comptime!(bp.in_unit_vectors(bp.d_state_at())), at, bp);
                 }
-                stage.put(&fetched, a_log, dt_bias, at, step0, lower_bound, Pass::Unwind, bp);
+                stage.put(&parcel, a_log, dt_bias, at, step0, lower_bound, Pass::Unwind, bp);
                 if CUBE_POS % comptime!(bp.value_tiles()) == 0 {
                     stage.keep_factors(scratch, record, step0 % bp.chunk, bp);
                 }
@@ -86,7 +86,7 @@ pub fn sweep<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size>(
             // From the last stage to the first; then one that is none.
             let next = select(done < stages, stages - usize::min(done + 1, stages), stages);
             let (before, rows) = steps_of(next, stages, steps, bp);
-            fetched.fetch(
+            parcel.fetch(
                 q,
                 k,
                 d_o,
@@ -132,10 +132,10 @@ pub fn sweep<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size>(
                 if step0 % bp.chunk == 0 {
                     state.keep(scratch, record + comptime!(bp.in_unit_vectors(bp.state_at())), at, bp);
                 }
-                stage.put(&fetched, a_log, dt_bias, at, step0, lower_bound, Pass::Replay, bp);
+                stage.put(&parcel, a_log, dt_bias, at, step0, lower_bound, Pass::Replay, bp);
             }
             let (after, rows) = steps_of(next, stages, steps, bp);
-            fetched.fetch(
+            parcel.fetch(
                 q,
                 k,
                 v,

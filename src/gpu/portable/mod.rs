@@ -18,10 +18,11 @@ use crate::{Error, Result};
 /// Units of a cube of `gradients`, whatever the chunk: inside every device's limit, and few enough that none spills.
 const CHUNK_UNITS: usize = 128;
 
-/// Units of a cube of `scan` and `sweep`, where there are value channels for as many. Few wait less for each other; but
-/// Vulkan was seen to keep one cube on a multiprocessor, whatever it leaves free.
-const CUDA_UNITS: usize = 64;
-const WGPU_UNITS: usize = 128;
+/// Units of a cube of `scan` and `sweep`, where there are value channels for as many. Few wait less for each other. But
+/// Vulkan was seen to keep one cube on a multiprocessor, whatever it leaves free; and in `sweep` each of few units carries
+/// more than it has registers for.
+const FEW_UNITS: usize = 64;
+const MANY_UNITS: usize = 128;
 
 /// Shared memory of a cube: what every device has, and little enough for several on a multiprocessor.
 const SHARED_MEMORY: usize = 32 << 10;
@@ -38,7 +39,8 @@ fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, backward: bo
     };
     let spec = call.spec();
     let hardware = &client.properties().hardware;
-    let units = if hardware.num_streaming_multiprocessors.is_some() { CUDA_UNITS } else { WGPU_UNITS };
+    let cuda = hardware.num_streaming_multiprocessors.is_some();
+    let units = if cuda && !backward { FEW_UNITS } else { MANY_UNITS };
     let lanes = call.problem.sequences() * call.problem.shape().value_heads;
     let sized = &|chunk: usize, stage: usize| {
         let mut bp = Blueprint {
@@ -46,15 +48,19 @@ fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, backward: bo
             chunk,
             stage,
             unit_keys: 32,
-            unit_values: if backward { 2 } else { 4 },
+            unit_values: 2,
             value_tile: 0,
             parts: CHUNK_UNITS / chunk,
             backward,
         };
-        if lanes * spec.value_dim.div_ceil(4) * bp.padded_key_dim() / 32 < FULL {
-            (bp.unit_keys, bp.unit_values) = (16, 2);
+        let keys = bp.padded_key_dim();
+        if lanes * spec.value_dim.div_ceil(4) * keys / 32 < FULL {
+            bp.unit_keys = 16;
+        } else if !backward && keys <= 2 * units && units.is_multiple_of(keys / 4) {
+            // Only so far are there registers for what is on its way.
+            bp.unit_values = 4;
         }
-        let cols = units * bp.unit_keys / bp.padded_key_dim();
+        let cols = units * bp.unit_keys / keys;
         let widest = spec.value_dim.next_multiple_of(4).max(4);
         bp.value_tile = (cols * bp.unit_values / 4 * 4).clamp(4, widest);
         bp
