@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 
 use super::blueprint::Blueprint;
 use super::stage::{Parcel, Pass, Stage, steps_of};
-use super::state::{State, Sums, place_of, row};
+use super::state::{Place, State, Sums, place_of, row};
 use crate::record::{StateStrides, Strides, sequence, store};
 
 /// Writes o and the final state. Tensors that the blueprint does not mention may be any buffer; `q` is multiplied by
@@ -84,19 +84,8 @@ pub fn scan<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size>(
             bp,
         );
         for i in 0..here {
-            // S <- D S    n = beta (v - S^T k)    S <- S + k n^T    o = scale S^T q
             let step = step0 + i;
-            if comptime!(n_h == 1) || step % n_h == 0 {
-                state.decay(&stage, i, at, bp);
-            }
-            let key = row(&stage.keys, i, at, bp);
-            erased.put(step % 2, state.read(&key, bp), bp);
-            let value = stage.value(i, at, bp);
-            let factor = Vector::new(stage.k_factor(i, bp));
-            let beta = Vector::new(stage.betas[i]);
-            sync_cube();
-            let n = beta * (value - factor * erased.total(step % 2, at.col, bp));
-            state.write(&key, factor * n, bp);
+            advance(&mut state, &mut erased, &stage, i, step, at, bp);
             if comptime!(n_h == 1) || (step + 1) % n_h == 0 {
                 let factor = Vector::new(scale * stage.q_factor(i, bp));
                 let query = row(&stage.queries, i, at, bp);
@@ -117,4 +106,31 @@ pub fn scan<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size>(
         here = rows;
     }
     state.store(final_state, final_at, at, bp);
+}
+
+/// Micro-step `step`, `i` of those staged: S <- D S, r = v - S^T k, S <- S + beta k r^T. Returns r. There is a barrier
+/// inside.
+#[cube]
+pub(crate) fn advance<C: Size>(
+    state: &mut State<C>,
+    sums: &mut Sums<C>,
+    stage: &Stage<C>,
+    i: usize,
+    step: usize,
+    at: Place,
+    #[comptime] bp: Blueprint,
+) -> Vector<f32, C> {
+    let n_h = comptime!(bp.spec.micro_steps);
+    if comptime!(n_h == 1) || step % n_h == 0 {
+        state.decay(stage, i, at, bp);
+    }
+    let key = row(&stage.keys, i, at, bp);
+    sums.put(step % 2, state.read(&key, bp), bp);
+    let value = stage.value(i, at, bp);
+    let factor = Vector::new(stage.k_factor(i, bp));
+    let beta = Vector::new(stage.betas[i]);
+    sync_cube();
+    let r = value - factor * sums.total(step % 2, at.col, bp);
+    state.write(&key, factor * beta * r, bp);
+    r
 }

@@ -11,6 +11,7 @@
 use cubecl::prelude::*;
 
 use super::blueprint::Blueprint;
+use super::scan::advance;
 use super::stage::{Parcel, Pass, Stage, steps_of};
 use super::state::{Place, State, Sums, place_of, row, row_of};
 use crate::record::{Sequence, StateStrides, Strides, sequence, store};
@@ -168,7 +169,7 @@ fn record_of(seq: Sequence, step: usize, heads: u32, at: Place, #[comptime] bp: 
         * comptime!(bp.in_unit_vectors(bp.record_vectors()))
 }
 
-/// The staged micro-steps forwards, for R: see [`scan`](mod@super::scan).
+/// The staged micro-steps forwards, for R.
 #[cube]
 fn replay<C: Size>(
     state: &mut State<C>,
@@ -181,23 +182,13 @@ fn replay<C: Size>(
     here: usize,
     #[comptime] bp: Blueprint,
 ) {
-    let n_h = comptime!(bp.spec.micro_steps);
+    let rows = record + comptime!(bp.in_unit_vectors(bp.r_at()));
     for i in 0..here {
         let step = step0 + i;
-        if comptime!(n_h == 1) || step % n_h == 0 {
-            state.decay(stage, i, at, bp);
-        }
-        let key = row(&stage.keys, i, at, bp);
-        sums.put(step % 2, state.read(&key, bp), bp);
-        let value = stage.value(i, at, bp);
-        let factor = Vector::new(stage.k_factor(i, bp));
-        let beta = Vector::new(stage.betas[i]);
-        sync_cube();
-        let r = value - factor * sums.total(step % 2, at.col, bp);
+        let r = advance(state, sums, stage, i, step, at, bp);
         if step % comptime!(bp.key_parts()) == at.part {
-            scratch[record + comptime!(bp.in_unit_vectors(bp.r_at())) + row_of(step % bp.chunk, at, bp)] = r;
+            scratch[rows + row_of(step % bp.chunk, at, bp)] = r;
         }
-        state.write(&key, factor * beta * r, bp);
     }
 }
 
