@@ -24,7 +24,7 @@ const CHUNK_UNITS: usize = 128;
 const FEW_UNITS: usize = 64;
 const MANY_UNITS: usize = 128;
 
-/// Shared memory of a cube: what every device has, and little enough for several on a multiprocessor.
+/// Shared memory of a cube at most: little enough for several on a multiprocessor, and enough for every K.
 const SHARED_MEMORY: usize = 32 << 10;
 
 /// With so many blocks of 32 keys and four value channels there is work for a large device when each unit takes one.
@@ -42,48 +42,47 @@ fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, backward: bo
     let cuda = hardware.num_streaming_multiprocessors.is_some();
     let units = if cuda && !backward { FEW_UNITS } else { MANY_UNITS };
     let lanes = call.problem.sequences() * call.problem.shape().value_heads;
-    let sized = &|chunk: usize, stage: usize| {
-        let mut bp = Blueprint {
+    let keys = spec.key_dim.next_multiple_of(32);
+    let full = lanes * spec.value_dim.div_ceil(4) * keys / 32 >= FULL;
+    // Only so far are there registers for four value channels and what is on its way.
+    let wide = full && !backward && keys <= 2 * units && units.is_multiple_of(keys / 4);
+    let sized = |chunk: usize, unit_values: usize, stage: usize| {
+        let unit_keys = if full { 32 } else { 16 };
+        let cols = units * unit_keys / keys;
+        let widest = spec.value_dim.next_multiple_of(4);
+        Blueprint {
             spec,
             chunk,
+            unit_keys,
+            unit_values,
+            value_tile: (cols * unit_values / 4 * 4).clamp(4, widest.max(4)),
             stage,
-            unit_keys: 32,
-            unit_values: 2,
-            value_tile: 0,
             parts: CHUNK_UNITS / chunk,
             backward,
-        };
-        let keys = bp.padded_key_dim();
-        if lanes * spec.value_dim.div_ceil(4) * keys / 32 < FULL {
-            bp.unit_keys = 16;
-        } else if !backward && keys <= 2 * units && units.is_multiple_of(keys / 4) {
-            // Only so far are there registers for what is on its way.
-            bp.unit_values = 4;
         }
-        let cols = units * bp.unit_keys / keys;
-        let widest = spec.value_dim.next_multiple_of(4).max(4);
-        bp.value_tile = (cols * bp.unit_values / 4 * 4).clamp(4, widest);
-        bp
     };
-    let fits = |bp: &Blueprint| {
-        bp.shared_memory() <= hardware.max_shared_memory_size.min(SHARED_MEMORY)
-            && bp.chunk_units().max(bp.scan_units()) <= hardware.max_units_per_cube as usize
-    };
+    let values: &[usize] = if wide { &[4, 2] } else { &[2] };
     // Gates per channel are as many registers more on their way.
     let stages: &[usize] = if spec.decay == Decay::Channel { &[4] } else { &[8, 4] };
-    let smallest = sized(16, 4);
-    chunks
-        .iter()
-        .flat_map(|&chunk| stages.iter().map(move |&stage| sized(chunk, stage)))
-        .find(fits)
-        .ok_or_else(|| Error::Device {
-            what: format!(
-                "K = {} needs at least {} bytes of shared memory, one cube has {}",
-                spec.key_dim,
-                smallest.shared_memory(),
-                hardware.max_shared_memory_size
-            ),
-        })
+    let mut candidates = Vec::new();
+    for &chunk in chunks {
+        for &unit_values in values {
+            candidates.extend(stages.iter().map(|&stage| sized(chunk, unit_values, stage)));
+        }
+    }
+    let smallest = candidates[candidates.len() - 1];
+    let most = hardware.max_shared_memory_size;
+    let fits = |bp: &Blueprint| {
+        bp.shared_memory() <= most.min(SHARED_MEMORY)
+            && bp.chunk_units().max(bp.scan_units()) <= hardware.max_units_per_cube as usize
+    };
+    candidates.into_iter().find(fits).ok_or_else(|| Error::Device {
+        what: format!(
+            "K = {} needs at least {} bytes of shared memory, one cube has {most}",
+            spec.key_dim,
+            smallest.shared_memory(),
+        ),
+    })
 }
 
 /// What every launch of a call binds.
