@@ -29,8 +29,6 @@ pub struct Blueprint {
     pub stage: usize,
     /// Units per row in `gradients`, each taking its share of the channels.
     pub parts: usize,
-    /// Whether there are records, for the backward.
-    pub backward: bool,
 }
 
 impl Blueprint {
@@ -59,23 +57,27 @@ impl Blueprint {
         self.spec.value_dim.div_ceil(self.value_tile)
     }
 
-    /// Shared memory of the largest kernel, in bytes.
-    pub fn shared_memory(&self) -> usize {
+    /// Shared memory of `scan`, in bytes; `sweep` takes less.
+    pub fn scan_memory(&self) -> usize {
         let f = 4;
         let rows = if self.spec.decay == Decay::Channel { 3 } else { 2 };
-        let scan = rows * self.stage * self.staged_row() * 4 * f
+        rows * self.stage * self.staged_row() * 4 * f
             + self.stage * self.value_tile * f
             + (2 + self.stage.div_ceil(self.spec.micro_steps)) * self.scan_units() * self.unit_values * f
-            + (4 + 2 * NORM_PIECES) * self.stage * f;
-        let gradients = (3 * self.chunk + 2 * SLICE) * SLICE_LD * 4 * f
-            + 2 * self.chunk * (self.chunk + 1) * f
-            + (4 * self.chunk + SLICE) * f;
-        scan.max(if self.backward { gradients } else { 0 })
+            + (4 + 2 * NORM_PIECES) * self.stage * f
     }
 
-    /// Bytes of scratch per chunk and value head.
+    /// Shared memory of `gradients`, in bytes.
+    pub fn gradients_memory(&self) -> usize {
+        let f = 4;
+        (3 * self.chunk + 2 * SLICE) * SLICE_LD * 4 * f
+            + 2 * self.chunk * (self.chunk + 1) * f
+            + (4 * self.chunk + SLICE) * f
+    }
+
+    /// Bytes of scratch of the backward per chunk and value head.
     pub fn record_bytes(&self) -> usize {
-        if self.backward { self.record_vectors() * 16 } else { 0 }
+        self.record_vectors() * 16
     }
 
     /// Units that share a column of the state.

@@ -58,7 +58,6 @@ fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, backward: bo
             value_tile: (cols * unit_values / 4 * 4).clamp(4, widest.max(4)),
             stage,
             parts: CHUNK_UNITS / chunk,
-            backward,
         }
     };
     let values: &[usize] = if wide { &[4, 2] } else { &[2] };
@@ -70,17 +69,18 @@ fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, backward: bo
             candidates.extend(stages.iter().map(|&stage| sized(chunk, unit_values, stage)));
         }
     }
-    let smallest = candidates[candidates.len() - 1];
+    let memory = |bp: &Blueprint| bp.scan_memory().max(if backward { bp.gradients_memory() } else { 0 });
     let most = hardware.max_shared_memory_size;
+    let smallest = candidates[candidates.len() - 1];
     let fits = |bp: &Blueprint| {
-        bp.shared_memory() <= most.min(SHARED_MEMORY)
+        memory(bp) <= most.min(SHARED_MEMORY)
             && bp.chunk_units().max(bp.scan_units()) <= hardware.max_units_per_cube as usize
     };
     candidates.into_iter().find(fits).ok_or_else(|| Error::Device {
         what: format!(
             "K = {} needs at least {} bytes of shared memory, one cube has {most}",
             spec.key_dim,
-            smallest.shared_memory(),
+            memory(&smallest),
         ),
     })
 }
