@@ -86,7 +86,7 @@ fn many_heads() {
     on_every_device!(client, {
         // So many that each unit of a portable kernel takes a larger part of the state.
         for rule in [Rule::gated_deltanet(), Rule::kda(), Rule::delta_product(2)] {
-            let problem = Problem::new(rule, shape(5, 21, [8, 16], [128, 128])).unwrap();
+            let problem = Problem::new(rule, shape(6, 21, [8, 16], [128, 128])).unwrap();
             let options = Options::new().with_chunk_size(16).with_qk_l2norm(true);
             check(&client, &format!("{rule:?}"), &Sample::new(problem, MILD, 11), &options, 1e-5);
         }

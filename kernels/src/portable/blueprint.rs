@@ -42,6 +42,11 @@ impl Blueprint {
         self.chunk.div_ceil(self.spec.micro_steps)
     }
 
+    /// The same of a stage.
+    pub(crate) fn staged_reads(&self) -> usize {
+        self.stage.div_ceil(self.spec.micro_steps)
+    }
+
     /// Units of a cube of `gradients` and `collect`.
     pub fn chunk_units(&self) -> usize {
         self.chunk * self.parts
@@ -63,7 +68,7 @@ impl Blueprint {
         let rows = if self.spec.decay == Decay::Channel { 3 } else { 2 };
         rows * self.stage * self.staged_row() * 4 * f
             + self.stage * self.value_tile * f
-            + (2 + self.stage.div_ceil(self.spec.micro_steps)) * self.scan_units() * self.unit_values * f
+            + (2 + self.staged_reads()) * self.scan_units() * self.unit_values * f
             + (4 + 2 * NORM_PIECES) * self.stage * f
     }
 

@@ -47,7 +47,7 @@ pub fn scan<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size>(
     let mut stage = Stage::<C>::new(bp);
     // Two in turn, so that one barrier will do: who puts down the next does not disturb who still adds up the last.
     let mut erased = Sums::<C>::new(2usize, bp);
-    let mut read = Sums::<C>::new(comptime!(bp.stage.div_ceil(n_h)), bp);
+    let mut read = Sums::<C>::new(comptime!(bp.staged_reads()), bp);
 
     let at = place_of(CUBE_POS, 0u32, heads, bp);
     let seq = sequence(table, at.n);

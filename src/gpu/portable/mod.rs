@@ -42,23 +42,19 @@ fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, backward: bo
     let cuda = hardware.num_streaming_multiprocessors.is_some();
     let units = if cuda && !backward { FEW_UNITS } else { MANY_UNITS };
     let lanes = call.problem.sequences() * call.problem.shape().value_heads;
-    let keys = spec.key_dim.next_multiple_of(32);
-    let full = lanes * spec.value_dim.div_ceil(4) * keys / 32 >= FULL;
+    let mut base =
+        Blueprint { spec, chunk: 0, unit_keys: 32, unit_values: 0, value_tile: 0, stage: 0, parts: 0 };
+    let keys = base.padded_key_dim();
+    let full = lanes * spec.value_dim.div_ceil(4) * keys / base.unit_keys >= FULL;
+    if !full {
+        base.unit_keys = 16;
+    }
     // Only so far are there registers for four value channels and what is on its way.
     let wide = full && !backward && keys <= 2 * units && units.is_multiple_of(keys / 4);
     let sized = |chunk: usize, unit_values: usize, stage: usize| {
-        let unit_keys = if full { 32 } else { 16 };
-        let cols = units * unit_keys / keys;
-        let widest = spec.value_dim.next_multiple_of(4);
-        Blueprint {
-            spec,
-            chunk,
-            unit_keys,
-            unit_values,
-            value_tile: (cols * unit_values / 4 * 4).clamp(4, widest.max(4)),
-            stage,
-            parts: CHUNK_UNITS / chunk,
-        }
+        let cols = units * base.unit_keys / keys;
+        let value_tile = (cols * unit_values / 4 * 4).clamp(4, spec.value_dim.next_multiple_of(4));
+        Blueprint { chunk, unit_values, value_tile, stage, parts: CHUNK_UNITS / chunk, ..base }
     };
     let values: &[usize] = if wide { &[4, 2] } else { &[2] };
     // Gates per channel are as many registers more on their way.
