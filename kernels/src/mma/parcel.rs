@@ -8,6 +8,7 @@ use super::stage::{
     query_rows, turn, value_rows,
 };
 use super::tile::{Tile, V4, V8};
+use crate::math::{known_and, known_or};
 use crate::record::Strides;
 
 /// More columns, 8 channels each, than any row has.
@@ -257,7 +258,8 @@ fn fetch_all<F: Float>(
     #[unroll]
     for round in 0..comptime!(rows.rounds()) {
         let i = unit + comptime!(round * rows.group);
-        if comptime!((round + 1) * rows.group <= rows.units()) || i < comptime!(rows.units()) {
+        let whole = comptime!((round + 1) * rows.group <= rows.units());
+        if known_or(whole, i < comptime!(rows.units())) {
             parcel.units[comptime!(rows.first + round)] = Vector::reinterpret(src[from + i]);
         }
     }
@@ -276,10 +278,11 @@ pub(crate) fn put_rows<F: Float>(
         let i = unit as u32 + comptime!((round * rows.group) as u32);
         let row = i / comptime!(rows.cols as u32);
         let col = i % comptime!(rows.cols as u32);
-        if comptime!((round + 1) * rows.group <= rows.units()) || row < comptime!(rows.rows as u32) {
+        let whole = comptime!((round + 1) * rows.group <= rows.units());
+        if known_or(whole, row < comptime!(rows.rows as u32)) {
             let into = (row * comptime!(rows.ld as u32) + col) as usize;
             to[at + rows.at + into] = Vector::reinterpret(parcel.units[comptime!(rows.first + round)]);
-            if comptime!(rows.cleared) && row >= parcel.reads {
+            if known_and(rows.cleared, row >= parcel.reads) {
                 to[at + rows.at + into] = Vector::cast_from(0.0f32);
             }
         }

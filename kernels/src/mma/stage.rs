@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::blueprint::{BLOCK_UNITS, Blueprint, CHUNK, Pass, TILE};
 use super::tile::{Tile, V8};
+use crate::math::known_or;
 use crate::record::{Sequence, Strides, sequence};
 
 /// The cube's sequence, heads and value channels.
@@ -198,7 +199,8 @@ pub(crate) fn record_rows<F: Float>(
         let i = unit as u32 + comptime!((round * rows.group) as u32);
         let row = i / comptime!(rows.cols as u32);
         let col = i % comptime!(rows.cols as u32);
-        if comptime!((round + 1) * rows.group <= rows.units()) || row < comptime!(rows.rows as u32) {
+        let whole = comptime!((round + 1) * rows.group <= rows.units());
+        if known_or(whole, row < comptime!(rows.rows as u32)) {
             let at_src = (row * comptime!(rows.ld as u32) + col) as usize;
             to[at + i as usize] = from[rows.at + at_src];
         }
@@ -231,8 +233,8 @@ pub(crate) fn store_rows<F: Float>(
         let i = unit as u32 + comptime!((round * bp.group_units()) as u32);
         let row = i / cols;
         let col = i % cols;
-        let inside = comptime!(bp.spec.value_dim % bp.value_tile == 0)
-            || place.v0 + 8 * (col as usize) < bp.spec.value_dim;
+        let whole = comptime!(bp.spec.value_dim.is_multiple_of(bp.value_tile));
+        let inside = known_or(whole, place.v0 + 8 * (col as usize) < bp.spec.value_dim);
         // `end` is at most the number of rows, so that no index runs over.
         if row < end && inside {
             out[to + (row * stride + col) as usize] =

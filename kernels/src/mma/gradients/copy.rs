@@ -8,6 +8,7 @@ use super::blueprint::{
     ALONG_KEYS_AT, ALONG_QUERIES_AT, BLOCK, GradientsBlueprint, KEY_NORMS_AT, PASSES, QUERY_NORMS_AT,
 };
 use super::here::Here;
+use crate::math::{known_and, known_or};
 use crate::record::Strides;
 
 /// 16-byte units that the cube copies row by row.
@@ -201,10 +202,10 @@ fn put<F: Float>(
             let row = i / comptime!(part.cols as u32);
             let col = i % comptime!(part.cols as u32);
             let full = comptime!((round + 1) * part.units <= part.rows * part.cols);
-            if full || row < comptime!(part.rows as u32) {
+            if known_or(full, row < comptime!(part.rows as u32)) {
                 let to = part.at + (row * comptime!(part.ld as u32) + col) as usize;
                 tile[to] = parcel[comptime!(part.place(round).unwrap())];
-                if comptime!(part.cleared) && row >= rows {
+                if known_and(part.cleared, row >= rows) {
                     tile[to] = Vector::cast_from(0.0f32);
                 }
             }
