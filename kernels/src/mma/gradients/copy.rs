@@ -1,9 +1,9 @@
-//! Between device memory and the shared memory of `gradients`. All is asked for before any of it is put down.
+//! Between device memory and the shared memory of `gradients`.
 
 use cubecl::prelude::*;
 
 use super::super::blueprint::{CHUNK, TILE};
-use super::super::tile::{Tile, V8};
+use super::super::tile::{Tile, V4, V8};
 use super::blueprint::{
     ALONG_KEYS_AT, ALONG_QUERIES_AT, BLOCK, GradientsBlueprint, KEY_NORMS_AT, PASSES, QUERY_NORMS_AT,
 };
@@ -76,9 +76,16 @@ fn keys(bp: GradientsBlueprint) -> Part {
     queries(bp).after(bp.raw_keys_at(), BLOCK, bp.spec.key_dim / 8, bp.key_row())
 }
 
+/// A unit's queries and keys, never more than a parcel holds.
+fn rows_parcel(bp: GradientsBlueprint) -> usize {
+    let last = keys(bp);
+    last.first + last.rounds()
+}
+
 fn output_gradients(bp: GradientsBlueprint) -> Part {
-    let rows = keys(bp).after(bp.d_o_at(), TILE * bp.read_tiles(), bp.spec.value_dim / 8, bp.value_row());
-    Part { cleared: true, ..rows }
+    let cols = bp.spec.value_dim / 8;
+    let rows = TILE * bp.read_tiles();
+    Part { at: bp.d_o_at(), ld: bp.value_row(), rows, cols, cleared: true, ..queries(bp) }
 }
 
 /// The residuals of chunk `c` of the block.
@@ -93,82 +100,129 @@ fn value_gradients(bp: GradientsBlueprint) -> Part {
     Part { cleared: true, ..rows }
 }
 
-fn parcel_units(bp: GradientsBlueprint) -> usize {
-    let last = value_gradients(bp);
-    last.first + last.rounds()
-}
-
 /// Units that are asked for before one is put down, at most.
 const PARCEL: usize = 12;
 
-/// Loads all that the block needs. Behind its end the rows of dO and dV are zeros; others repeat the last one, and beta
-/// is 0.
+/// Parcels of values: more than one only where few units have much to copy.
+fn batches(bp: GradientsBlueprint) -> usize {
+    let last = value_gradients(bp);
+    (last.first + last.rounds()).div_ceil(PARCEL)
+}
+
+/// A unit's share of rows, on the way. Words: elements of 16 bits the compiler would take apart.
+pub(crate) type Parcel = Array<Vector<u32, V4>>;
+
+/// Sends for queries and keys. Behind the end of the block they repeat the last one.
 #[cube]
-pub(crate) fn load_block<F: Float>(
-    tile: &mut Tile<F>,
+pub(crate) fn send_for_rows<F: Float>(
     q: &Array<Vector<F, V8>>,
     k: &Array<Vector<F, V8>>,
-    d_o: &Array<Vector<F, V8>>,
-    dv: &Array<Vector<F, V8>>,
-    residuals: &Array<Vector<F, V8>>,
     q_at: &Strides,
     k_at: &Strides,
-    d_o_at: &Strides,
-    dv_at: &Strides,
+    here: &Here,
+    unit: usize,
+    #[comptime] bp: GradientsBlueprint,
+) -> Parcel {
+    let row = here.row as usize;
+    let q0 = q_at.at(row, here.read(0u32), here.h as usize) / 8;
+    let k0 = k_at.at(row, here.step(0u32, bp.spec.micro_steps), here.h as usize) / 8;
+    let mut parcel = Parcel::new(comptime!(rows_parcel(bp)));
+    send::<F>(&mut parcel, q, q0, q_at.t / 8, here.last_read(), unit, comptime!(queries(bp)));
+    send::<F>(&mut parcel, k, k0, k_at.t / 8, here.steps - 1, unit, comptime!(keys(bp)));
+    parcel
+}
+
+/// Puts queries and keys down.
+#[cube]
+pub(crate) fn put_rows<F: Float>(
+    parcel: &Parcel,
+    tile: &mut Tile<F>,
     here: &Here,
     unit: usize,
     #[comptime] bp: GradientsBlueprint,
 ) {
-    let n_h = comptime!(bp.spec.micro_steps);
+    put::<F>(parcel, tile, here.reads, unit, comptime!(queries(bp)));
+    put::<F>(parcel, tile, here.steps, unit, comptime!(keys(bp)));
+}
+
+/// Sends for parcel `batch` of output gradients, residuals and the gradients of values.
+#[cube]
+pub(crate) fn send_for_values<F: Float>(
+    d_o: &Array<Vector<F, V8>>,
+    dv: &Array<Vector<F, V8>>,
+    residuals: &Array<Vector<F, V8>>,
+    d_o_at: &Strides,
+    dv_at: &Strides,
+    here: &Here,
+    unit: usize,
+    #[comptime] batch: usize,
+    #[comptime] bp: GradientsBlueprint,
+) -> Parcel {
     let row = here.row as usize;
-    let step = here.step(0u32, n_h);
-    let token = here.read(0u32);
-    // A block holds a micro-step, but perhaps no read: then the next one stands in.
-    let last_read = select(here.reads > 0, here.reads, 1u32) - 1;
-    let last = here.steps - 1;
-    let value_cols = comptime!(bp.spec.value_dim / 8);
     let chunk = comptime!(CHUNK as u32);
-    let rest = select(here.steps > chunk, here.steps - chunk, 0u32);
+    let rest = here.rest();
     let chunk_units = comptime!(CHUNK * bp.spec.value_dim / 8);
     let first = here.head_of(here.chunk) * chunk_units;
     let second = here.head_of(here.chunk + select(rest > 0, 1u32, 0u32)) * chunk_units;
     let last_rest = select(rest > 0, rest, 1u32) - 1;
     let last_first = select(here.steps < chunk, here.steps, chunk) - 1;
 
-    let q0 = q_at.at(row, token, here.h as usize) / 8;
-    let k0 = k_at.at(row, step, here.h as usize) / 8;
-    let d_o0 = d_o_at.at(row, token, here.hv as usize) / 8;
-    let dv0 = dv_at.at(row, step, here.hv as usize) / 8;
-    let stride = (value_cols as u32).runtime();
-    // A second batch only where few units have much to copy.
-    #[unroll]
-    for batch in 0..comptime!(parcel_units(bp).div_ceil(PARCEL)) {
-        let mut parcel = Array::<Vector<F, V8>>::new(PARCEL);
-        let part = comptime!(queries(bp).of(batch));
-        send::<F>(&mut parcel, q, q0, q_at.t / 8, last_read, unit, part);
-        let part = comptime!(keys(bp).of(batch));
-        send::<F>(&mut parcel, k, k0, k_at.t / 8, last, unit, part);
-        let part = comptime!(output_gradients(bp).of(batch));
-        send::<F>(&mut parcel, d_o, d_o0, d_o_at.t / 8, last_read, unit, part);
-        let part = comptime!(residual_rows(bp, 0).of(batch));
-        send::<F>(&mut parcel, residuals, first, stride, last_first, unit, part);
-        let part = comptime!(residual_rows(bp, 1).of(batch));
-        send::<F>(&mut parcel, residuals, second, stride, last_rest, unit, part);
-        let part = comptime!(value_gradients(bp).of(batch));
-        send::<F>(&mut parcel, dv, dv0, dv_at.t / 8, last, unit, part);
+    let d_o0 = d_o_at.at(row, here.read(0u32), here.hv as usize) / 8;
+    let dv0 = dv_at.at(row, here.step(0u32, bp.spec.micro_steps), here.hv as usize) / 8;
+    let stride = comptime!((bp.spec.value_dim / 8) as u32).runtime();
+    let mut parcel = Parcel::new(PARCEL);
+    let part = comptime!(output_gradients(bp).of(batch));
+    send::<F>(&mut parcel, d_o, d_o0, d_o_at.t / 8, here.last_read(), unit, part);
+    let part = comptime!(residual_rows(bp, 0).of(batch));
+    send::<F>(&mut parcel, residuals, first, stride, last_first, unit, part);
+    let part = comptime!(residual_rows(bp, 1).of(batch));
+    send::<F>(&mut parcel, residuals, second, stride, last_rest, unit, part);
+    let part = comptime!(value_gradients(bp).of(batch));
+    send::<F>(&mut parcel, dv, dv0, dv_at.t / 8, here.steps - 1, unit, part);
+    parcel
+}
 
-        put::<F>(&parcel, tile, here.reads, unit, comptime!(queries(bp).of(batch)));
-        put::<F>(&parcel, tile, here.steps, unit, comptime!(keys(bp).of(batch)));
-        put::<F>(&parcel, tile, here.reads, unit, comptime!(output_gradients(bp).of(batch)));
-        put::<F>(&parcel, tile, here.steps, unit, comptime!(residual_rows(bp, 0).of(batch)));
-        put::<F>(&parcel, tile, rest, unit, comptime!(residual_rows(bp, 1).of(batch)));
-        put::<F>(&parcel, tile, here.steps, unit, comptime!(value_gradients(bp).of(batch)));
+/// Puts a parcel of values down. Behind the end of the block the rows of dO and dV are zeros; residuals repeat the last
+/// one, and beta is 0.
+#[cube]
+pub(crate) fn put_values<F: Float>(
+    parcel: &Parcel,
+    tile: &mut Tile<F>,
+    here: &Here,
+    unit: usize,
+    #[comptime] batch: usize,
+    #[comptime] bp: GradientsBlueprint,
+) {
+    put::<F>(parcel, tile, here.reads, unit, comptime!(output_gradients(bp).of(batch)));
+    put::<F>(parcel, tile, here.steps, unit, comptime!(residual_rows(bp, 0).of(batch)));
+    put::<F>(parcel, tile, here.rest(), unit, comptime!(residual_rows(bp, 1).of(batch)));
+    put::<F>(parcel, tile, here.steps, unit, comptime!(value_gradients(bp).of(batch)));
+}
+
+/// Loads the values of parcels from `first` on.
+#[cube]
+pub(crate) fn load_values<F: Float>(
+    tile: &mut Tile<F>,
+    d_o: &Array<Vector<F, V8>>,
+    dv: &Array<Vector<F, V8>>,
+    residuals: &Array<Vector<F, V8>>,
+    d_o_at: &Strides,
+    dv_at: &Strides,
+    here: &Here,
+    unit: usize,
+    #[comptime] first: usize,
+    #[comptime] bp: GradientsBlueprint,
+) {
+    #[unroll]
+    for batch in first..comptime!(batches(bp)) {
+        let parcel = send_for_values::<F>(d_o, dv, residuals, d_o_at, dv_at, here, unit, batch, bp);
+        put_values::<F>(&parcel, tile, here, unit, batch, bp);
     }
 }
 
 #[cube]
 fn send<F: Float>(
-    parcel: &mut Array<Vector<F, V8>>,
+    parcel: &mut Parcel,
     src: &Array<Vector<F, V8>>,
     from: usize,
     stride: u32,
@@ -182,19 +236,14 @@ fn send<F: Float>(
             let i = unit as u32 + comptime!((round * part.units) as u32);
             let row = u32::min(i / comptime!(part.cols as u32), last_row);
             let col = i % comptime!(part.cols as u32);
-            parcel[comptime!(part.place(round).unwrap())] = src[from + (row * stride + col) as usize];
+            let to = comptime!(part.place(round).unwrap());
+            parcel[to] = Vector::reinterpret(src[from + (row * stride + col) as usize]);
         }
     }
 }
 
 #[cube]
-fn put<F: Float>(
-    parcel: &Array<Vector<F, V8>>,
-    tile: &mut Tile<F>,
-    rows: u32,
-    unit: usize,
-    #[comptime] part: Part,
-) {
+fn put<F: Float>(parcel: &Parcel, tile: &mut Tile<F>, rows: u32, unit: usize, #[comptime] part: Part) {
     #[unroll]
     for round in 0..comptime!(part.rounds()) {
         if comptime!(part.place(round).is_some()) {
@@ -204,7 +253,7 @@ fn put<F: Float>(
             let full = comptime!((round + 1) * part.units <= part.rows * part.cols);
             if known_or(full, row < comptime!(part.rows as u32)) {
                 let to = part.at + (row * comptime!(part.ld as u32) + col) as usize;
-                tile[to] = parcel[comptime!(part.place(round).unwrap())];
+                tile[to] = Vector::reinterpret(parcel[comptime!(part.place(round).unwrap())]);
                 if known_and(part.cleared, row >= rows) {
                     tile[to] = Vector::cast_from(0.0f32);
                 }

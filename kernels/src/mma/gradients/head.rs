@@ -8,7 +8,7 @@ use super::Own;
 use super::blueprint::{
     BETAS_AT, E_FACTORS_AT, GradientsBlueprint, H_FACTORS_AT, PASSES, READ_FACTORS_AT, Span,
 };
-use super::copy::{load_block, store_gradients};
+use super::copy::{load_values, put_rows, send_for_rows, store_gradients};
 use super::ends::{
     gradient_of_beta, gradient_of_gates, leave_along, leave_gates, leave_norms, leave_ones, read_block_gates,
 };
@@ -66,12 +66,24 @@ pub(crate) fn gradients_by_head<F: Float, B: Float, G: Float>(
     let own = Own::new(plane, lane, bp);
 
     let raw = read_block_gates(beta, g, beta_at, g_at, &here, plane, lane, bp);
-    load_block::<F>(&mut tile, q, k, d_o, dv, residuals, q_at, k_at, d_o_at, dv_at, &here, unit, bp);
+    load_values::<F>(&mut tile, d_o, dv, residuals, d_o_at, dv_at, &here, unit, 0usize, bp);
+    // Queries and keys are on their way while pairs are multiplied, unless these need norms.
+    let early = comptime!(bp.spec.qk_l2norm);
+    if comptime!(early) {
+        let rows = send_for_rows::<F>(q, k, q_at, k_at, &here, unit, bp);
+        put_rows::<F>(&rows, &mut tile, &here, unit, bp);
+    }
     leave_gates(&raw, a_log, dt_bias, lower_bound, scale, &here, reads, &mut floats, plane, lane, bp);
     leave_ones(&mut floats, unit, bp);
     sync_cube();
     leave_norms::<F>(&tile, &mut floats, unit, bp);
-    leave_pairs::<F>(&mma, &mut tile, &floats, reads, scale, plane, lane, bp);
+    if comptime!(early) {
+        leave_pairs::<F>(&mma, &mut tile, &floats, reads, scale, plane, lane, bp);
+    } else {
+        let rows = send_for_rows::<F>(q, k, q_at, k_at, &here, unit, bp);
+        leave_pairs::<F>(&mma, &mut tile, &floats, reads, scale, plane, lane, bp);
+        put_rows::<F>(&rows, &mut tile, &here, unit, bp);
+    }
 
     let column = Column::new(here.head_of(here.kept), value_steps, own, bp);
     let together = comptime!(bp.reads_states_together());

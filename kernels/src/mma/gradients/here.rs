@@ -97,6 +97,17 @@ impl Here {
         (self.start + self.read0 + i) as usize
     }
 
+    /// The last read of the block, of its reads. It holds a micro-step, but perhaps no read: then the next one stands in.
+    pub(crate) fn last_read(&self) -> u32 {
+        select(self.reads > 0, self.reads, 1u32) - 1
+    }
+
+    /// Micro-steps behind the first chunk of the block.
+    pub(crate) fn rest(&self) -> u32 {
+        let chunk = comptime!(CHUNK as u32);
+        select(self.steps > chunk, self.steps - chunk, 0u32)
+    }
+
     /// The token of micro-step `i`.
     pub(crate) fn token(&self, i: u32, #[comptime] n_h: usize) -> usize {
         (self.start + (self.step0 + i) / comptime!(n_h as u32)) as usize

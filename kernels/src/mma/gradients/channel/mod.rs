@@ -23,7 +23,7 @@ use super::super::blueprint::TILE;
 use super::super::tile::{Mma, Tile, V4, V8, by_depth, zeros};
 use super::Own;
 use super::blueprint::{DIAGONAL, GradientsBlueprint, TILES};
-use super::copy::load_block;
+use super::copy::{load_values, put_rows, put_values, send_for_rows, send_for_values};
 use super::here::{HERE_WORDS, Here};
 use super::states::{Column, Reading, multiply_channels, read_states};
 use crate::record::Strides;
@@ -82,8 +82,12 @@ pub(crate) fn gradients_by_channel<F: Float, B: Float, G: Float>(
     let plane = unit / 32;
 
     let raw = read_channel::<G>(g, g_at, &here, unit, bp);
-    load_block::<F>(&mut tile, q, k, d_o, dv, residuals, q_at, k_at, d_o_at, dv_at, &here, unit, bp);
+    let rows = send_for_rows::<F>(q, k, q_at, k_at, &here, unit, bp);
+    let values = send_for_values::<F>(d_o, dv, residuals, d_o_at, dv_at, &here, unit, 0usize, bp);
     leave_row_factors(beta, record_factors, beta_at, &here, record_floats, scale, &mut floats, unit, bp);
+    put_rows::<F>(&rows, &mut tile, &here, unit, bp);
+    put_values::<F>(&values, &mut tile, &here, unit, 0usize, bp);
+    load_values::<F>(&mut tile, d_o, dv, residuals, d_o_at, dv_at, &here, unit, 1usize, bp);
     sync_cube();
     leave_operands::<F>(&raw, a_log, dt_bias, lower_bound, &here, &mut tile, &mut floats, unit, bp);
     leave_pairs::<F>(&mma, &mut tile, &mut diagonals, plane, lane, bp);
