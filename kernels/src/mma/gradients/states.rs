@@ -95,7 +95,7 @@ impl Reading {
     /// S and dS at a time, as far ahead as two cubes have registers for. Of small cubes `ptxas` gives units fewer.
     pub(crate) fn both(bp: GradientsBlueprint) -> Self {
         let ahead = if bp.spec.key_dim <= 64 { 1 } else { 2 };
-        Self { ahead, d_ahead: if bp.splits_pairs() { 1 } else { ahead } }
+        Self { ahead, d_ahead: ahead }
     }
 
     /// Steps of a round: after as many, tiles lie in the same registers again.
@@ -110,7 +110,7 @@ impl Reading {
 }
 
 /// Adds dO S^T to `dq` and dV S^T to `e`, and R dS^T to `h`. The first pass over both returns this unit's share of the sum
-/// of S . dS.
+/// of S . dS: the trace of their product, tile by tile.
 #[cube]
 pub(crate) fn read_states<F: Float>(
     mma: &Mma<F>,
@@ -127,7 +127,7 @@ pub(crate) fn read_states<F: Float>(
     #[comptime] bp: GradientsBlueprint,
 ) -> f32 {
     let identity = identity::<F>(own.lane);
-    let mut product = 0.0f32;
+    let mut products = zeros(2usize);
     let mut next = Array::<Vector<u32, V4>>::new(comptime!(reading.ahead.max(1)));
     let mut d_next = Array::<Vector<u32, V4>>::new(comptime!(reading.d_ahead.max(1)));
     #[unroll]
@@ -146,8 +146,10 @@ pub(crate) fn read_states<F: Float>(
             if comptime!(reading.round() == 1) || step < from.steps {
                 let rows = own.value_rows + 2 * step as usize;
                 if comptime!(reading.multiplies(pass, bp)) {
-                    let at = comptime!(i % reading.d_ahead);
-                    product += dot8::<F>(Vector::reinterpret(next[i]), Vector::reinterpret(d_next[at]));
+                    let mut left = Sequence::<Frag<F>>::new();
+                    left.push(unpack::<F>(Vector::reinterpret(next[i])));
+                    let right = as_right::<F>(&unpack::<F>(Vector::reinterpret(d_next[i])));
+                    mma2::<F>(mma, &left, 0usize, 0usize, &right, &mut products, 0usize, 0usize, 1usize);
                 }
                 if comptime!(reading.ahead > 0) {
                     let right = turned::<F>(mma, &identity, Vector::reinterpret(next[i]));
@@ -159,9 +161,8 @@ pub(crate) fn read_states<F: Float>(
                     add_product::<F>(mma, tile, e, rows + comptime!(bp.dv_at()), &right, steps, bp);
                 }
                 if comptime!(reading.d_ahead > 0) {
-                    let at = comptime!(i % reading.d_ahead);
-                    let right = turned::<F>(mma, &identity, Vector::reinterpret(d_next[at]));
-                    d_next[at] = from.words::<F>(d_states, step + comptime!(reading.d_ahead as u32), bp);
+                    let right = turned::<F>(mma, &identity, Vector::reinterpret(d_next[i]));
+                    d_next[i] = from.words::<F>(d_states, step + comptime!(reading.d_ahead as u32), bp);
                     sync_plane();
                     let steps = comptime!(bp.steps_of(pass));
                     add_product::<F>(mma, tile, h, rows + comptime!(bp.r_at()), &right, steps, bp);
@@ -169,7 +170,19 @@ pub(crate) fn read_states<F: Float>(
             }
         }
     }
-    product
+    trace(&products, own.lane)
+}
+
+/// This unit's share of the diagonal of 16 rows by two tiles of 8 columns.
+#[cube]
+fn trace(x: &Sequence<Acc>, lane: usize) -> f32 {
+    let mut sum = 0.0f32;
+    #[unroll]
+    for e in 0..2usize {
+        let both = x.index(0usize)[0][e] + x.index(1usize)[1][e];
+        sum += select(lane / 4 == lane % 4 * 2 + e, both, 0.0f32);
+    }
+    sum
 }
 
 /// This unit's share of the sum of S . dS.
