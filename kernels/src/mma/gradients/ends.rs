@@ -264,7 +264,13 @@ pub(crate) fn gradient_of_gates<F: Float, G: Float>(
             let mut x = norm * sums[which::LATER] + to_end;
             if (step + 1) % n_h == 0 && own < here.steps as usize {
                 let r = (step / n_h - here.read0) as usize;
-                x += floats[QUERY_NORMS_AT + r] * over_planes::<F>(tile, r, 0usize, bp)[which::READ];
+                // With single micro-steps reads lie in the same rows.
+                let reads = if comptime!(bp.spec.micro_steps == 1) {
+                    sums
+                } else {
+                    over_planes::<F>(tile, r, 0usize, bp)
+                };
+                x += floats[QUERY_NORMS_AT + r] * reads[which::READ];
             }
             later[e] = x;
         }

@@ -8,7 +8,7 @@ use super::super::blueprint::{
     BETAS_AT, BLOCK, GradientsBlueprint, KEY_NORMS_AT, READ_NORMS_AT, READS_AT, TILES, WRITES_AT,
 };
 use super::super::here::Here;
-use crate::math::{beta_of, decay_of, gate_constants};
+use crate::math::{beta_of, decay_of, gate_constants, known_or};
 use crate::record::Strides;
 
 /// One element.
@@ -30,8 +30,9 @@ pub(crate) fn place_of(unit: usize, #[comptime] bp: GradientsBlueprint) -> (u32,
 /// Whether the unit has a channel of its own.
 #[cube]
 pub(crate) fn has_channel(unit: usize, #[comptime] bp: GradientsBlueprint) -> bool {
-    let padded = comptime!(bp.padded_channels() as u32);
-    unit as u32 % padded < comptime!(bp.spec.key_dim as u32)
+    let padded = comptime!(bp.padded_channels());
+    let channel = unit as u32 % comptime!(padded as u32);
+    known_or(padded == bp.spec.key_dim, channel < comptime!(bp.spec.key_dim as u32))
 }
 
 /// The gates of a unit's rows, as the caller holds them; rows behind the end of the block repeat the last one.
