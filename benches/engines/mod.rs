@@ -131,9 +131,9 @@ impl<'a> Engine<'a> {
             }));
         }
         #[cfg(feature = "wgpu")]
-        engines.extend(device::engine::<delta_rule::cubecl::wgpu::WgpuRuntime>("chunk_wgpu_f32", data, pass));
+        engines.extend(device::engine::<delta_rule::cubecl::wgpu::WgpuRuntime>("wgpu_f32", data, pass));
         #[cfg(feature = "cuda")]
-        engines.extend(device::engine::<delta_rule::cubecl::cuda::CudaRuntime>("chunk_cuda_f32", data, pass));
+        engines.extend(device::engine::<delta_rule::cubecl::cuda::CudaRuntime>("cuda_f32", data, pass));
         engines
     }
 }

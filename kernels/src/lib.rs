@@ -31,6 +31,7 @@
 // Device code has `%` and `/`, and not `is_multiple_of` and `div_ceil`; its functions take their tensors one by one.
 #![allow(clippy::manual_is_multiple_of, clippy::manual_div_ceil, clippy::too_many_arguments)]
 
+mod known;
 mod math;
 pub mod mma;
 pub mod portable;

@@ -5,18 +5,6 @@ use cubecl::prelude::*;
 use crate::record::F4;
 use crate::spec::{BetaMap, Decay, GateMap, Spec};
 
-/// `known || condition`. Where the first holds nothing is left of it in the generated code, and of the other branch.
-#[cube]
-pub(crate) fn known_or(#[comptime] known: bool, condition: bool) -> bool {
-    if comptime!(known) { true.runtime() } else { condition }
-}
-
-/// `known && condition`, likewise.
-#[cube]
-pub(crate) fn known_and(#[comptime] known: bool, condition: bool) -> bool {
-    if comptime!(known) { condition } else { false.runtime() }
-}
-
 /// $\sigma(x)$, without overflow for either sign.
 #[cube]
 pub(crate) fn sigmoid(x: f32) -> f32 {

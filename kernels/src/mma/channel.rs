@@ -13,6 +13,7 @@ use super::blueprint::{BLOCKS, Blueprint, CHANNELS_AT, CHUNK, GROUP_UNITS, TILE}
 use super::gram::{Gram, products};
 use super::stage::Place;
 use super::tile::{Acc, Mma, Tile, V2, zeros};
+use crate::known::known_and;
 use crate::math::{decay_of, gate_constants};
 use crate::record::Strides;
 
@@ -44,7 +45,7 @@ pub(crate) fn read_channel_gates<G: Float>(
     #[comptime] bp: Blueprint,
 ) -> Array<Vector<f32, V2>> {
     let mut raw = Array::<Vector<f32, V2>>::new(TILE);
-    if comptime!(bp.by_channel()) && unit < comptime!(bp.spec.key_dim) {
+    if known_and(bp.by_channel(), unit < comptime!(bp.spec.key_dim)) {
         let (half, pair) = place_of(unit, bp);
         let from = g_at.at(place.seq.row, place.seq.start + c * CHUNK, place.hv) + 2 * pair as usize;
         let first = half * comptime!(TILE as u32);

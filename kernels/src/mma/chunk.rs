@@ -23,6 +23,7 @@ use super::gram::Gram;
 use super::inverse::leave_inverse;
 use super::stage::Place;
 use super::tile::{Acc, Mma, Tile, V2, in_block, scale_columns, store, to_frag};
+use crate::known::{known_and, known_or};
 use crate::math::gate_constants;
 use crate::spec::Decay;
 
@@ -348,8 +349,8 @@ fn finish_queries<F: Float>(
     let sums = at_rows(gates.sum, lo, hi);
     #[unroll]
     for j in 0..BLOCKS {
-        if comptime!(bp.spec.micro_steps > 1) || j == block {
-            let below = select(comptime!(bp.spec.micro_steps == 1) && block > 0, 1usize, 0usize);
+        if known_or(bp.spec.micro_steps > 1, j == block) {
+            let below = select(known_and(bp.spec.micro_steps == 1, block > 0), 1usize, 0usize);
             let at = to.blocks + (comptime!(bp.p_block(0, j)) + below) * BLOCK_UNITS;
             let mut p = Sequence::<Acc>::new();
             #[unroll]
@@ -361,7 +362,7 @@ fn finish_queries<F: Float>(
             store_block::<F>(mma, tile, at, p.index(0usize), p.index(1usize), lane);
         }
     }
-    if comptime!(bp.spec.micro_steps == 1) && block > 0 {
+    if known_and(bp.spec.micro_steps == 1, block > 0) {
         let rows = at_rows(gates.split, lo, hi) * norms;
         let at = to.blocks + comptime!(bp.p_block(1, 0) * BLOCK_UNITS);
         store_below::<F>(mma, tile, at, gram, rows, gates, lane, bp);

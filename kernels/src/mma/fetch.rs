@@ -7,7 +7,7 @@ use super::parcel::{exchange, new_parcel};
 use super::planes::Fetcher;
 use super::stage::{Place, StagedStrides, least, store_rows, turn};
 use super::tile::{Tile, V8};
-use crate::math::known_and;
+use crate::known::known_and;
 use crate::record::Strides;
 
 /// Fetches the chunks of the cube's sequence, one after the other or every second one, and stores what the scan leaves of

@@ -7,6 +7,7 @@ use super::stage::{Place, Source, StagedStrides, keys_of, queries_of};
 use super::tile::{
     AHEAD, Acc, Frag, Mma, Tile, V2, V4, V8, as_right, by_columns, by_depth, load, mma2, unpack, zeros,
 };
+use crate::known::known_or;
 
 /// 16 rows of [K; Q] times all keys of the chunk, and the squares of the rows' norms (rows `lane / 4` and 8
 /// more).
@@ -215,7 +216,7 @@ fn read_row<F: Float>(
     let col = lane % 4 + comptime!(4 * i as u32);
     let units = comptime!((bp.spec.key_dim / 8) as u32);
     let mut x = Vector::<u32, V4>::cast_from(0u32);
-    if comptime!(4 * i + 4 <= bp.spec.key_dim / 8) || col < units {
+    if known_or(4 * i + 4 <= bp.spec.key_dim / 8, col < units) {
         x = Vector::reinterpret(src[source.from + (row * source.stride + col) as usize]);
     }
     x

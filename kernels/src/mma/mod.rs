@@ -48,6 +48,7 @@ pub use blueprint::{Blueprint, CHUNK, Pass, TILE};
 
 use cubecl::prelude::*;
 
+use crate::known::known_or;
 use crate::record::{StateStrides, Strides};
 use chunk::{Target, finish};
 use fetch::{fetch_chunks, store_chunk, store_last};
@@ -150,7 +151,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
             scan_chunk::<F>(&mma, &mut tile, &factors, &mut state, reading, base, to, from, at, bp);
         }
         sync_cube();
-        if comptime!(bp.pass != Pass::Segments) || place.n < sequences as usize {
+        if known_or(bp.pass != Pass::Segments, place.n < sequences as usize) {
             store_state(&state, final_state, &final_at, &place, at, bp);
         }
     } else if fetcher.works {

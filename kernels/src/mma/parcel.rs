@@ -8,7 +8,7 @@ use super::stage::{
     query_rows, turn, value_rows,
 };
 use super::tile::{Tile, V4, V8};
-use crate::math::{known_and, known_or};
+use crate::known::{known_and, known_or};
 use crate::record::Strides;
 
 /// More columns, 8 channels each, than any row has.

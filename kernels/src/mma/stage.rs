@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::blueprint::{BLOCK_UNITS, Blueprint, CHUNK, Pass, TILE};
 use super::tile::{Tile, V8};
-use crate::math::known_or;
+use crate::known::known_or;
 use crate::record::{Sequence, Strides, sequence};
 
 /// The cube's sequence, heads and value channels.

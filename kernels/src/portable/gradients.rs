@@ -20,6 +20,7 @@ use cubecl::prelude::*;
 use super::blueprint::{Blueprint, SLICE, SLICE_LD, SLICE4};
 use super::chunk::{chunk_of, load_decays, load_qk};
 use super::rows::{Paths, Rows, between_tokens, grams, inside_token, through_states, walk_row};
+use crate::known::known_and;
 use crate::math::{beta_slope, decay_of, dot, gate_constants, gate_slopes};
 use crate::record::{F4, Strides};
 use crate::spec::{Decay, GateMap};
@@ -115,7 +116,7 @@ pub fn gradients<F: Float, B: Float, G: Float, N: Size>(
             }
         }
         let mut d = 1.0f32;
-        if comptime!(decay == Decay::Head) && starts {
+        if known_and(decay == Decay::Head, starts) {
             let (a, bias) = gate_constants(a_log, dt_bias, hv, 0usize, bp.spec);
             let z = f32::cast_from(g[g_at.at(here.row, here.start + (step0 + i) / n_h, hv)]);
             d = decay_of(z, a, bias, lower_bound, bp.spec.gate);

@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::blueprint::{Blueprint, SLICE, SLICE_LD, SLICE4};
 use super::chunk::Chunk;
+use crate::known::known_or;
 use crate::math::dot;
 use crate::record::{F4, Strides, load};
 use crate::spec::Decay;
@@ -60,7 +61,7 @@ fn load_channels(
 ) -> F4 {
     let row4 = comptime!(bp.row4());
     let mut value = F4::new(0.0f32);
-    if valid && (comptime!(row4.is_multiple_of(SLICE4)) || channel < row4) {
+    if valid && known_or(row4.is_multiple_of(SLICE4), channel < row4) {
         value = scratch[row_at + channel];
     }
     value

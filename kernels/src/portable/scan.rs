@@ -6,6 +6,7 @@ use cubecl::prelude::*;
 use super::blueprint::Blueprint;
 use super::stage::{Parcel, Pass, Stage, steps_of};
 use super::state::{Place, State, Sums, place_of, row};
+use crate::known::known_or;
 use crate::record::{StateStrides, Strides, sequence, store};
 
 /// Writes o and the final state. Tensors that the blueprint does not mention may be any buffer; `q` is multiplied by
@@ -86,7 +87,7 @@ pub fn scan<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size>(
         for i in 0..here {
             let step = step0 + i;
             advance(&mut state, &mut erased, &stage, i, step, at, bp);
-            if comptime!(n_h == 1) || (step + 1) % n_h == 0 {
+            if known_or(n_h == 1, (step + 1) % n_h == 0) {
                 let factor = Vector::new(scale * stage.q_factor(i, bp));
                 let query = row(&stage.queries, i, at, bp);
                 read.put(step / n_h - step0 / n_h, factor * state.read(&query, bp), bp);
@@ -121,7 +122,7 @@ pub(crate) fn advance<C: Size>(
     #[comptime] bp: Blueprint,
 ) -> Vector<f32, C> {
     let n_h = comptime!(bp.spec.micro_steps);
-    if comptime!(n_h == 1) || step % n_h == 0 {
+    if known_or(n_h == 1, step % n_h == 0) {
         state.decay(stage, i, at, bp);
     }
     let key = row(&stage.keys, i, at, bp);

@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::blueprint::{Blueprint, NORM_PIECES};
 use super::state::Place;
+use crate::known::known_or;
 use crate::math::{beta_of, decay_of, decays_of, dot, gate_constants};
 use crate::record::{F4, Sequence, Strides, load, load_gates};
 use crate::spec::Decay;
@@ -177,7 +178,7 @@ impl<C: Size> Stage<C> {
         #[unroll]
         for n in 0..comptime!(bp.staged_vectors()) {
             let (i, c) = staged_vector(n, bp);
-            if comptime!((n + 1) * bp.scan_units() <= bp.stage * row4) || i < bp.stage {
+            if known_or((n + 1) * bp.scan_units() <= bp.stage * row4, i < bp.stage) {
                 let to = slot(i, c, bp);
                 self.keys[to] = from.keys[n];
                 if comptime!(pass != Pass::Replay) {
@@ -193,7 +194,7 @@ impl<C: Size> Stage<C> {
         #[unroll]
         for n in 0..comptime!(bp.staged_values()) {
             let i = at.part + n * bp.key_parts();
-            if comptime!((n + 1) * bp.key_parts() <= bp.stage) || i < bp.stage {
+            if known_or((n + 1) * bp.key_parts() <= bp.stage, i < bp.stage) {
                 self.values[i * comptime!(bp.tile_cols()) + at.col] = from.values[n];
             }
         }

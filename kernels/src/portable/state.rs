@@ -7,6 +7,7 @@ use cubecl::prelude::*;
 
 use super::blueprint::Blueprint;
 use super::stage::Stage;
+use crate::known::{known_and, known_or};
 use crate::record::{F4, StateStrides};
 use crate::spec::Decay;
 
@@ -63,7 +64,7 @@ impl<C: Size> State<C> {
         for r in 0..bp.unit_keys {
             let mut s = Vector::<f32, C>::new(0.0f32);
             let key = at.part * bp.unit_keys + r;
-            if comptime!(given) && is_key(key, bp) {
+            if known_and(given, is_key(key, bp)) {
                 let row = from_at.row(at.n, at.hv, key);
                 #[unroll]
                 for e in 0..bp.unit_values {
@@ -167,12 +168,12 @@ pub(crate) fn row(rows: &SharedMemory<F4>, i: usize, at: Place, #[comptime] bp: 
 
 #[cube]
 fn is_key(key: usize, #[comptime] bp: Blueprint) -> bool {
-    comptime!(bp.padded_key_dim() == bp.spec.key_dim) || key < bp.spec.key_dim
+    known_or(bp.padded_key_dim() == bp.spec.key_dim, key < bp.spec.key_dim)
 }
 
 #[cube]
 fn is_value(channel: usize, #[comptime] bp: Blueprint) -> bool {
-    comptime!(bp.value_tiles() * bp.value_tile == bp.spec.value_dim) || channel < bp.spec.value_dim
+    known_or(bp.value_tiles() * bp.value_tile == bp.spec.value_dim, channel < bp.spec.value_dim)
 }
 
 /// Where this unit's value channels of row `i` of a matrix in a record lie.

@@ -14,6 +14,7 @@ use super::blueprint::Blueprint;
 use super::scan::advance;
 use super::stage::{Parcel, Pass, Stage, steps_of};
 use super::state::{Place, State, Sums, place_of, row, row_of};
+use crate::known::known_or;
 use crate::record::{Sequence, StateStrides, Strides, sequence, store};
 
 /// Leaves in the records beta and the factors of k and q, the state before and the gradient of the state after every chunk,
@@ -213,7 +214,7 @@ fn unwind<F: Float, M: Size, C: Size>(
     for done in 0..here {
         let i = here - 1 - done;
         let step = step0 + i;
-        if comptime!(n_h == 1) || (step + 1) % n_h == 0 {
+        if known_or(n_h == 1, (step + 1) % n_h == 0) {
             let factor = Vector::new(scale * stage.q_factor(i, bp));
             let d_o = stage.value(i, at, bp);
             let query = row(&stage.queries, i, at, bp);
@@ -232,7 +233,7 @@ fn unwind<F: Float, M: Size, C: Size>(
             store(dv, row, at.channel, d_v, bp.spec.value_dim);
         }
         d_state.write(&key, Vector::new(-1.0f32) * factor * d_v, bp);
-        if comptime!(n_h == 1) || step % n_h == 0 {
+        if known_or(n_h == 1, step % n_h == 0) {
             d_state.decay(stage, i, at, bp);
         }
     }

@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::super::sweep::KEPT;
 use super::super::tile::V8;
+use crate::known::known_and;
 use crate::record::Strides;
 use crate::spec::Sources;
 
@@ -94,7 +95,7 @@ pub fn collect_constants(
         }
         d_a_log[head] = sum;
     }
-    if comptime!(has_bias) && unit < channels {
+    if known_and(has_bias, unit < channels) {
         let mut sum = 0.0f32;
         for stride in 0..strides {
             sum += shares[CONSTANTS_UNITS + stride * channels + unit];

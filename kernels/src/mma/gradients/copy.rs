@@ -8,7 +8,7 @@ use super::blueprint::{
     ALONG_KEYS_AT, ALONG_QUERIES_AT, BLOCK, GradientsBlueprint, KEY_NORMS_AT, PASSES, QUERY_NORMS_AT,
 };
 use super::here::Here;
-use crate::math::{known_and, known_or};
+use crate::known::{known_and, known_or};
 use crate::record::Strides;
 
 /// 16-byte units that the cube copies row by row.

@@ -12,6 +12,7 @@ use super::blueprint::{
 use super::here::Here;
 use super::pairs::Reads;
 use super::sums::{over_planes, which};
+use crate::known::known_and;
 use crate::math::{beta_of, beta_slope, gate_constants, gate_slopes, log_decay_of};
 use crate::record::Strides;
 use crate::spec::{Decay, GateMap};
@@ -249,7 +250,7 @@ pub(crate) fn gradient_of_gates<F: Float, G: Float>(
     #[comptime] bp: GradientsBlueprint,
 ) {
     let n_h = comptime!(bp.spec.micro_steps as u32);
-    if comptime!(bp.splits_pairs()) && plane == 0 {
+    if known_and(bp.splits_pairs(), plane == 0) {
         // What each micro-step adds to the gradients of gates at or before it, and of gates behind it.
         let mut later = Vector::<f32, V2>::cast_from(0.0f32);
         let mut earlier = Vector::<f32, V2>::cast_from(0.0f32);

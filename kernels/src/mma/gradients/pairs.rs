@@ -14,6 +14,7 @@ use super::Own;
 use super::blueprint::{
     BETAS_AT, BLOCK, DECAYS_AT, GradientsBlueprint, KEY_NORMS_AT, PAIR, QUERY_NORMS_AT, Span, TILES,
 };
+use crate::known::{known_and, known_or};
 use crate::spec::Decay;
 
 /// Where the reads of the block lie between its micro-steps.
@@ -146,9 +147,8 @@ fn leave_pair<F: Float>(
     }
     let into = comptime!(bp.across_at(0)) + pair * PAIR + place;
     leave_scaled::<F>(mma, tile, floats, &across, into, norms + row, column, bp);
-    if comptime!(bp.splits_pairs() && bp.spec.micro_steps > 1)
-        || (comptime!(bp.splits_pairs()) && is_read && i == j)
-    {
+    let some_within = known_or(bp.spec.micro_steps > 1, is_read && i == j);
+    if known_and(bp.splits_pairs(), some_within) {
         let slot = if comptime!(bp.spec.micro_steps == 1) { i } else { pair };
         let into = comptime!(bp.within_at(0, 0)) + slot * PAIR + place;
         leave_scaled::<F>(mma, tile, floats, &inside, into, norms + row, column, bp);
@@ -209,7 +209,7 @@ fn tiles_of(pair: usize, is_read: bool, #[comptime] bp: GradientsBlueprint) -> (
         row = select(pair >= begins, i, row);
         first = select(pair >= begins, begins, first);
     }
-    if comptime!(bp.read_pairs() > 0) && is_read {
+    if known_and(bp.read_pairs() > 0, is_read) {
         row = 0usize;
         first = 0usize;
         #[unroll]

@@ -10,6 +10,7 @@ use super::super::tile::{Acc, Frag, Mma, Tile, V2, V4, V8, as_right, load, mma2,
 use super::Own;
 use super::blueprint::{GradientsBlueprint, PRODUCTS_AT, Span};
 use super::ends::dot8;
+use crate::known::known_or;
 
 /// A plane's part of a state: value tile by value tile.
 #[derive(CubeType, Clone, Copy)]
@@ -143,7 +144,7 @@ pub(crate) fn read_states<F: Float>(
         #[unroll]
         for i in 0..comptime!(reading.round()) {
             let step = round * round_steps + comptime!(i as u32);
-            if comptime!(reading.round() == 1) || step < from.steps {
+            if known_or(reading.round() == 1, step < from.steps) {
                 let rows = own.value_rows + 2 * step as usize;
                 if comptime!(reading.multiplies(pass, bp)) {
                     let mut left = Sequence::<Frag<F>>::new();

@@ -8,7 +8,8 @@ use super::super::blueprint::{
     BETAS_AT, BLOCK, GradientsBlueprint, KEY_NORMS_AT, READ_NORMS_AT, READS_AT, TILES, WRITES_AT,
 };
 use super::super::here::Here;
-use crate::math::{beta_of, decay_of, gate_constants, known_or};
+use crate::known::known_or;
+use crate::math::{beta_of, decay_of, gate_constants};
 use crate::record::Strides;
 
 /// One element.
