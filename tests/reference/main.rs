@@ -6,5 +6,6 @@ mod common;
 mod cases;
 mod errors;
 mod gradients;
+mod memory;
 mod options;
 mod properties;
