@@ -7,7 +7,6 @@ use super::parcel::{exchange, new_parcel};
 use super::planes::Fetcher;
 use super::stage::{Place, StagedStrides, least, store_rows, turn};
 use super::tile::{Tile, V8};
-use crate::known::known_and;
 use crate::record::Strides;
 
 /// Fetches the chunks of the cube's sequence, one after the other or every second one, and stores what the scan leaves of
@@ -31,27 +30,42 @@ pub(crate) fn fetch_chunks<F: Float>(
     let Fetcher { group, unit, .. } = fetcher;
     let groups = comptime!(bp.groups);
     let mut parcel = new_parcel(bp);
-    exchange::<F>(
-        &mut parcel,
-        tile,
-        factors,
-        group,
-        q,
-        k,
-        v,
-        records,
-        record_factors,
-        strides,
-        place,
-        group,
-        unit,
-        false,
-        true,
-        bp,
-    );
-    // The parcel holds chunk `next`.
+    #[unroll]
+    for i in 0..2usize {
+        let c = group + comptime!(i * bp.groups);
+        exchange::<F>(
+            &mut parcel,
+            tile,
+            factors,
+            group,
+            q,
+            k,
+            v,
+            records,
+            record_factors,
+            strides,
+            place,
+            c,
+            unit,
+            comptime!(i > 0),
+            true,
+            bp,
+        );
+    }
+    sync_cube();
+    if group > 0 {
+        sync_cube();
+    }
+    // Chunk `next` is there when the barrier at the end is passed.
     let mut next = group;
-    loop {
+    while next <= place.chunks {
+        if next > groups {
+            store_chunk::<F>(tile, out, out_at, place, next - groups - 1, unit, bp);
+        }
+        if comptime!(groups > 1) {
+            sync_cube();
+        }
+        next += groups;
         exchange::<F>(
             &mut parcel,
             tile,
@@ -71,21 +85,6 @@ pub(crate) fn fetch_chunks<F: Float>(
             bp,
         );
         sync_cube();
-        // Groups begin one after the other.
-        if known_and(groups > 1, next > 0 && next < groups) {
-            sync_cube();
-        }
-        // Chunk `next` is there: the scan is at the one `groups` before it.
-        if next > place.chunks {
-            break;
-        }
-        if next > groups {
-            store_chunk::<F>(tile, out, out_at, place, next - groups - 1, unit, bp);
-        }
-        if comptime!(groups > 1) {
-            sync_cube();
-        }
-        next += groups;
     }
     store_last::<F>(tile, out, out_at, place, next, fetcher, bp);
 }
