@@ -55,9 +55,15 @@ struct half16 {
 struct __nv_bfloat162 {
     __nv_bfloat16 x, y;
 };
+inline __nv_bfloat162 operator*(__nv_bfloat162 a, __nv_bfloat162 b) {
+    return {__nv_bfloat16(float(a.x) * float(b.x)), __nv_bfloat16(float(a.y) * float(b.y))};
+}
 struct __half2 {
     half16 x, y;
 };
+inline __half2 operator*(__half2 a, __half2 b) {
+    return {half16(float(a.x) * float(b.x)), half16(float(a.y) * float(b.y))};
+}
 
 namespace machine {
 enum Status { READY, IN_PLANE, AT_BARRIER, ENDED };

@@ -13,11 +13,13 @@ pub(crate) const BLOCKS: usize = CHUNK / TILE;
 const GROUP: usize = 4;
 /// Units of a preparing group.
 pub(crate) const GROUP_UNITS: usize = 32 * GROUP;
-/// Planes of a preparing cube without gates per channel, each with a chunk of its own. They share the sectors in which
-/// betas and gates of neighbouring heads lie.
+/// Planes of a preparing cube. Without gates per channel each has a chunk of its own: they share the sectors in which betas
+/// and gates of neighbouring heads lie.
 pub(crate) const PREPARE_PLANES: usize = 4;
 /// Schedulers of a multiprocessor, which deals planes out to them in turn.
 pub(crate) const SCHEDULERS: usize = 4;
+/// Key channels of a preparing plane for gates per channel, 16 bytes for each of four units.
+pub(crate) const SLICE: usize = 2 * TILE;
 /// Units of 16 bytes in a 16 x 16 block.
 pub(crate) const BLOCK_UNITS: usize = 32;
 
@@ -269,13 +271,9 @@ impl Blueprint {
         self.factors() - CHUNK
     }
 
-    /// Units of a preparing cube: for gates per channel, one for each pair of channels and half of the chunk.
+    /// Units of a preparing cube.
     pub fn prepare_units(&self) -> usize {
-        if self.by_channel() {
-            self.spec.key_dim.next_multiple_of(32).max(GROUP_UNITS)
-        } else {
-            32 * PREPARE_PLANES
-        }
+        32 * PREPARE_PLANES
     }
 
     /// Chunks that a preparing cube takes.
@@ -283,21 +281,19 @@ impl Blueprint {
         if self.by_channel() { 1 } else { PREPARE_PLANES }
     }
 
-    /// Where the preparing cube has the scaled rows of even and of odd levels: see `channel.rs`. Odd ones lie where decayed
-    /// keys and blocks follow when the last level, an even one, is computed.
-    pub(crate) fn scaled_at(&self, level: usize) -> usize {
-        let odd = self.v_at();
-        if level % 2 == 1 { odd } else { self.stage().max(odd + self.scaled_rows()) }
+    /// Slices of key channels, where gates are per channel.
+    pub(crate) fn slices(&self) -> usize {
+        self.spec.key_dim.div_ceil(SLICE)
     }
 
-    /// Scaled rows of keys and queries, in units.
-    fn scaled_rows(&self) -> usize {
-        2 * CHUNK * self.key_row()
+    /// Turns in which a preparing cube takes them: half of its planes have the first tile of rows, the others the second.
+    pub(crate) fn turns(&self) -> usize {
+        self.slices().div_ceil(PREPARE_PLANES / BLOCKS)
     }
 
-    /// Shared memory of the preparing cube for gates per channel, in units.
-    pub(crate) fn prepare_memory(&self) -> usize {
-        self.scaled_at(0) + self.scaled_rows()
+    /// The blocks of the chunks that a preparing cube takes, in units.
+    pub(crate) fn prepared_blocks(&self) -> usize {
+        self.prepared_chunks() * self.chunk_blocks() * BLOCK_UNITS
     }
 }
 

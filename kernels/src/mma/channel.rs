@@ -6,241 +6,445 @@
 //! itself, row j the product behind it up to the middle: both in `[0, 1]`, products without differences, so that no
 //! gate is too strong. Every pair of rows belongs to one level h = 1, 2, 4, 8, 16; a level is one product of scaled
 //! rows, of which the pairs of that level are kept. The diagonal has no decay.
+//!
+//! A plane takes 16 rows and 32 channels of them at a time. As in `gram.rs` the order of channels does not matter to a product, so
+//! that the 16 bytes that a unit reads of a row are its part of the operands. Rows change places too: those that a unit
+//! holds are neighbours, 2i and 2i + 1, the operand's rows i and i + 8. Then level 1 needs no other unit, and the others
+//! one shuffle for two rows. Planes meet for level 16, between their tiles, and to add up channels (`partial.rs`).
 
 use cubecl::prelude::*;
 
-use super::blueprint::{BLOCKS, Blueprint, CHANNELS_AT, CHUNK, GROUP_UNITS, TILE};
-use super::gram::{Gram, products};
-use super::stage::Place;
-use super::tile::{Acc, Mma, Tile, V2, zeros};
-use crate::known::known_and;
+use super::blueprint::{BLOCKS, Blueprint, CHANNELS_AT, CHUNK, PREPARE_PLANES, SLICE, TILE};
+use super::gram::{over_row, square};
+use super::partial::Partial;
+use super::stage::{Place, Source, StagedStrides, keys_of, queries_of};
+use super::tile::{Acc, Frag, Mma, Tile, V2, V4, V8, as_right, half_frag, pack, unpack, zeros};
+use crate::known::known_or;
 use crate::math::{decay_of, gate_constants};
 use crate::record::Strides;
+use crate::spec::GateMap;
 
-/// The decays of two channels and 16 rows: `from` the start of a group to the row, `to` its end behind the row.
+/// Rows that a unit holds.
+const ROWS: usize = 2;
+/// Pairs of channels that a unit holds of each.
+const PAIRS: usize = 4;
+/// Steps of a product over the channels of a slice.
+const STEPS: usize = SLICE / TILE;
+
+/// The part of a chunk that a plane takes, and that of a unit in it. 32 bits, known to be few: then constants become part
+/// of addresses.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Slice {
+    /// Which 16 rows.
+    pub(crate) block: u32,
+    /// Which 32 channels.
+    pub(crate) slice: u32,
+    pub(crate) lane: u32,
+    /// The unit's channels, in units of 8, and whether K has them.
+    col: u32,
+    inside: bool,
+}
+
+/// What a unit holds: pair `p` of channels in row `r` at `PAIRS r + p`.
 #[derive(CubeType)]
-struct Column {
+pub(crate) struct Share<F: Float> {
+    k: Array<Vector<F, V2>>,
+    q: Array<Vector<F, V2>>,
+    /// The decay from the start of a group to the row.
     from: Array<Vector<f32, V2>>,
+    /// That behind the row to the end of the group.
     to: Array<Vector<f32, V2>>,
 }
 
-/// The half of the chunk and the pair of channels that a unit takes. 32 bits, known to be few: then constants become
-/// part of addresses.
 #[cube]
-fn place_of(unit: usize, #[comptime] bp: Blueprint) -> (u32, u32) {
-    let pairs = comptime!((bp.spec.key_dim / 2) as u32);
-    let unit = unit as u32;
-    (unit / pairs, unit % pairs)
-}
-
-/// The gates of two channels and 16 rows, as the caller holds them; rows past the end of the sequence repeat the
-/// last one.
-#[cube]
-pub(crate) fn read_channel_gates<G: Float>(
-    g: &Array<G>,
-    g_at: &Strides,
-    place: &Place,
-    c: usize,
-    unit: usize,
-    #[comptime] bp: Blueprint,
-) -> Array<Vector<f32, V2>> {
-    let mut raw = Array::<Vector<f32, V2>>::new(TILE);
-    if known_and(bp.by_channel(), unit < comptime!(bp.spec.key_dim)) {
-        let (half, pair) = place_of(unit, bp);
-        let from = g_at.at(place.seq.row, place.seq.start + c * CHUNK, place.hv) + 2 * pair as usize;
-        let first = half * comptime!(TILE as u32);
-        let last = (place.seq.tokens - 1 - c * CHUNK) as u32;
-        #[unroll]
-        for r in 0..TILE {
-            let row = u32::min(first + comptime!(r as u32), last);
-            let at = from + (row * g_at.t) as usize;
-            let mut x = Vector::<f32, V2>::cast_from(f32::cast_from(g[at]));
-            x[1] = f32::cast_from(g[at + 1]);
-            raw[r] = x;
-        }
+impl Slice {
+    /// That of its `turn`th.
+    pub(crate) fn new(unit: u32, turn: u32, #[comptime] bp: Blueprint) -> Self {
+        let (lane, plane) = (unit % 32, unit / 32);
+        let blocks = comptime!(BLOCKS as u32);
+        let slice = comptime!((PREPARE_PLANES / BLOCKS) as u32) * turn + plane / blocks;
+        let col = slice * comptime!((SLICE / 8) as u32) + lane % 4;
+        let units = comptime!((bp.spec.key_dim / 8) as u32);
+        let inside = known_or(bp.spec.key_dim.is_multiple_of(SLICE), col < units);
+        Slice { block: plane % blocks, slice, lane, col, inside }
     }
-    raw
+
+    /// The chunk's row that is the unit's row `r`.
+    fn row(&self, #[comptime] r: usize) -> u32 {
+        self.block * comptime!(TILE as u32) + self.lane / 4 * comptime!(ROWS as u32) + comptime!(r as u32)
+    }
 }
 
-/// The gated Gram matrices of the chunk whose keys and queries lie at the start of shared memory, in the layout of
-/// [`multiply_keys`](super::gram::multiply_keys); then replaces keys and queries by those decayed from the start of the chunk, and adds
-/// keys decayed to its end, and the decay of the whole chunk. Begins behind a barrier and ends without one.
+/// Reads a unit's share of chunk `c`. Rows past the end of the sequence repeat the last one, undecayed.
 #[cube]
-pub(crate) fn gram_by_channel<F: Float>(
-    mma: &Mma<F>,
-    tile: &mut Tile<F>,
-    factors: &mut SharedMemory<f32>,
-    raw: &Array<Vector<f32, V2>>,
+pub(crate) fn read_share<F: Float, G: Float>(
+    q: &Array<Vector<F, V8>>,
+    k: &Array<Vector<F, V8>>,
+    g: &Array<Vector<G, V4>>,
     a_log: &Array<f32>,
     dt_bias: &Array<f32>,
+    strides: &StagedStrides,
+    g_at: &Strides,
     lower_bound: f32,
     place: &Place,
     c: usize,
-    unit: usize,
+    at: Slice,
     #[comptime] bp: Blueprint,
-) -> Gram {
-    let pairs = comptime!((bp.spec.key_dim / 2) as u32);
-    let row_pairs = comptime!(4 * bp.key_row());
-    let (half, pair) = place_of(unit, bp);
-    // Where the unit's first row begins.
-    let own_rows = (half * comptime!((TILE * 4 * bp.key_row()) as u32) + pair) as usize;
-    let works = unit < comptime!(bp.spec.key_dim);
-    let lane = unit % 32;
-    let block = unit / 32;
-    let row_block = block % BLOCKS;
-    let multiplies = unit < GROUP_UNITS;
-
-    // The decay of each half of the chunk.
-    let mut whole = SharedMemory::<Vector<f32, V2>>::new(comptime!(BLOCKS * bp.spec.key_dim / 2));
-    let mut column = Column { from: Array::new(TILE), to: Array::new(TILE) };
-    if works {
-        let (a, bias_lo) = gate_constants(a_log, dt_bias, place.hv, 2 * pair as usize, bp.spec);
-        let (_, bias_hi) = gate_constants(a_log, dt_bias, place.hv, 2 * pair as usize + 1, bp.spec);
-        let first = half * comptime!(TILE as u32);
-        let tokens = (place.seq.tokens - c * CHUNK) as u32;
-        #[unroll]
-        for r in 0..TILE {
-            let valid = first + comptime!(r as u32) < tokens;
-            let x = raw[r];
-            let mut d = Vector::<f32, V2>::cast_from(1.0f32);
-            d[0] = select(valid, decay_of(x[0], a, bias_lo, lower_bound, bp.spec.gate), 1.0f32);
-            d[1] = select(valid, decay_of(x[1], a, bias_hi, lower_bound, bp.spec.gate), 1.0f32);
-            column.from[r] = d;
-            column.to[r] = Vector::cast_from(1.0f32);
-        }
-    }
-
-    let mut sums = zeros(comptime!(2 * BLOCKS));
-    let mut squares = Vector::<f32, V2>::cast_from(1.0f32);
-    if multiplies {
-        let keys = row_block * comptime!(TILE * bp.key_row());
-        let own = block * comptime!(TILE * bp.key_row());
-        let plain = products::<F>(mma, tile, own, keys, lane, 1usize, bp.spec.qk_l2norm, bp);
-        squares = plain.squares;
-        keep_level(&mut sums, &plain, row_block, lane, 0usize);
-    }
+) -> Share<F> {
+    let keys = read_rows::<F>(k, keys_of(&strides.k, place, c, bp), at);
+    let queries = read_rows::<F>(q, queries_of(&strides.q, place, c, bp), at);
+    let mut from = Array::new(comptime!(ROWS * PAIRS));
+    let mut to = Array::new(comptime!(ROWS * PAIRS));
+    let first = g_at.at(place.seq.row, place.seq.start + c * CHUNK, place.hv) / 4;
+    let tokens = (place.seq.tokens - c * CHUNK) as u32;
     #[unroll]
-    for level in 0..comptime!(TILE.ilog2() as usize + 1) {
-        let h = comptime!(1usize << level);
-        let at = comptime!(bp.scaled_at(level));
-        if works {
-            let mut rows = tile.slice_mut(0usize, comptime!(bp.prepare_memory())).with_vector_size::<V2>();
+    for r in 0..ROWS {
+        let row = u32::min(at.row(r), tokens - 1);
+        let valid = at.row(r) < tokens;
+        #[unroll]
+        for half in 0..2usize {
+            let mut raw = Vector::<f32, V4>::cast_from(0.0f32);
+            if at.inside && known_or(bp.spec.gate != GateMap::Identity, valid) {
+                raw = Vector::cast_from(
+                    g[first + (row * (g_at.t / 4) + 2 * at.col + comptime!(half as u32)) as usize],
+                );
+            }
             #[unroll]
-            for r in 0..TILE {
-                let mut by = column.to[r];
-                if comptime!(h == TILE) {
-                    by = select_many(Vector::cast_from(half == 1), column.from[r], column.to[r]);
-                } else if comptime!(r & h > 0) {
-                    by = column.from[r];
-                }
-                let own = own_rows + comptime!(r * row_pairs);
-                let k = Vector::<f32, V2>::cast_from(rows[own]);
-                rows[own + comptime!(4 * at)] = Vector::cast_from(k * by);
-                if comptime!(h == TILE || r & h > 0) {
-                    let q = Vector::<f32, V2>::cast_from(rows[own + comptime!(4 * bp.q_at())]);
-                    rows[own + comptime!(4 * (at + CHUNK * bp.key_row()))] = Vector::cast_from(q * by);
-                }
-            }
-            if comptime!(h < TILE) {
-                join(&mut column, h);
-            } else {
-                whole[(half * pairs + pair) as usize] = column.from[comptime!(TILE - 1)];
-            }
-        }
-        sync_cube();
-        if multiplies {
-            // Queries that this level does not use are left over from another one; they are not kept.
-            let own = at + block * comptime!(TILE * bp.key_row());
-            if comptime!(h < TILE) {
-                let keys = at + row_block * comptime!(TILE * bp.key_row());
-                let scaled = products::<F>(mma, tile, own, keys, lane, 1usize, false, bp);
-                keep_level(&mut sums, &scaled, row_block, lane, h);
-            } else if row_block == 1 {
-                let scaled = products::<F>(mma, tile, own, at, lane, 1usize, false, bp);
+            for p in 0..2usize {
+                let mut d = Vector::<f32, V2>::cast_from(1.0f32);
                 #[unroll]
-                for n in 0..2usize {
-                    let x = scaled.products.index(n);
-                    let sum = sums.index_mut(n);
-                    sum[0] = x[0];
-                    sum[1] = x[1];
+                for e in 0..2usize {
+                    let i = comptime!(2 * p + e);
+                    let (a, bias) = gate_constants(
+                        a_log,
+                        dt_bias,
+                        place.hv,
+                        (8 * at.col + comptime!((4 * half + i) as u32)) as usize,
+                        bp.spec,
+                    );
+                    let x = decay_of(raw[i], a, bias, lower_bound, bp.spec.gate);
+                    d[e] = select(known_or(bp.spec.gate == GateMap::Identity, at.inside && valid), x, 1.0f32);
                 }
+                from[comptime!(PAIRS * r + 2 * half + p)] = d;
+                to[comptime!(PAIRS * r + 2 * half + p)] = Vector::<f32, V2>::cast_from(1.0f32);
             }
         }
     }
-
-    if works {
-        let one = Vector::<f32, V2>::cast_from(1.0f32);
-        let before = select_many(Vector::cast_from(half == 1), whole[pair as usize], one);
-        let behind = select_many(Vector::cast_from(half == 0), whole[(pairs + pair) as usize], one);
-        let mut rows = tile.slice_mut(0usize, comptime!(bp.blocks_at())).with_vector_size::<V2>();
-        #[unroll]
-        for r in 0..TILE {
-            let to = own_rows + comptime!(r * row_pairs);
-            let k = Vector::<f32, V2>::cast_from(rows[to]);
-            let q = Vector::<f32, V2>::cast_from(rows[comptime!(4 * bp.q_at()) + to]);
-            let from = column.from[r] * before;
-            rows[to] = Vector::cast_from(k * from);
-            rows[comptime!(4 * bp.q_at()) + to] = Vector::cast_from(q * from);
-            rows[comptime!(4 * bp.kd_at()) + to] = Vector::cast_from(k * column.to[r] * behind);
-        }
-        if half == 0 {
-            let all = whole[pair as usize] * whole[(pairs + pair) as usize];
-            factors[CHANNELS_AT + 2 * pair as usize] = all[0];
-            factors[CHANNELS_AT + 2 * pair as usize + 1] = all[1];
-        }
-    }
-    Gram { products: sums, squares }
+    Share::<F> { k: unpack_rows::<F>(&keys), q: unpack_rows::<F>(&queries), from, to }
 }
 
-/// From groups of `h` rows to groups of `2 h`.
+/// The unit's part of its rows.
 #[cube]
-fn join(column: &mut Column, #[comptime] h: usize) {
+fn read_rows<F: Float>(src: &Array<Vector<F, V8>>, source: Source, at: Slice) -> Array<Vector<u32, V4>> {
+    let mut rows = Array::<Vector<u32, V4>>::new(ROWS);
     #[unroll]
-    for group in 0..comptime!(TILE / (2 * h)) {
-        let start = comptime!(2 * h * group);
-        let first = column.from[comptime!(start + h - 1)];
-        let second = column.from[comptime!(start + 2 * h - 1)];
-        #[unroll]
-        for r in 0..h {
-            column.to[comptime!(start + r)] = column.to[comptime!(start + r)] * second;
-            column.from[comptime!(start + h + r)] = column.from[comptime!(start + h + r)] * first;
+    for r in 0..ROWS {
+        let row = u32::min(at.row(r), source.last);
+        rows[r] = Vector::cast_from(0u32);
+        if at.inside {
+            rows[r] = Vector::reinterpret(src[source.from + (row * source.stride + at.col) as usize]);
         }
     }
+    rows
 }
 
-/// Adds the pairs of level `h` (0: the diagonal) to the block on the diagonal of row block `row_block`.
 #[cube]
-fn keep_level(sums: &mut Sequence<Acc>, level: &Gram, row_block: usize, lane: usize, #[comptime] h: usize) {
+fn unpack_rows<F: Float>(rows: &Array<Vector<u32, V4>>) -> Array<Vector<F, V2>> {
+    let mut x = Array::new(comptime!(ROWS * PAIRS));
+    #[unroll]
+    for r in 0..ROWS {
+        let row = unpack::<F>(Vector::reinterpret(rows[r]));
+        #[unroll]
+        for p in 0..PAIRS {
+            x[comptime!(PAIRS * r + p)] = row[p];
+        }
+    }
+    x
+}
+
+/// What a unit's rows are in the left operand of step `step`: pair by pair, both rows of each.
+#[cube]
+fn of_step<T: CubePrimitive>(x: &Array<T>, #[comptime] step: usize) -> Array<T> {
+    let mut y = Array::<T>::new(4usize);
+    #[unroll]
+    for p in 0..2usize {
+        #[unroll]
+        for r in 0..ROWS {
+            y[comptime!(2 * p + r)] = x[comptime!(PAIRS * r + 2 * step + p)];
+        }
+    }
+    y
+}
+
+/// An operand times the factors of its rows, from row `first` on. `quick`: with factors that are rounded first, two products
+/// at a time.
+#[cube]
+fn scaled<F: Float>(
+    x: &Frag<F>,
+    by: &Array<Vector<f32, V2>>,
+    #[comptime] first: usize,
+    #[comptime] quick: bool,
+) -> Frag<F> {
+    let mut y = Frag::<F>::new(4usize);
+    #[unroll]
+    for i in 0..4usize {
+        if comptime!(i % ROWS < first) {
+            y[i] = x[i];
+        } else if comptime!(quick) {
+            y[i] = x[i] * Vector::cast_from(by[i]);
+        } else {
+            y[i] = Vector::cast_from(Vector::<f32, V2>::cast_from(x[i]) * by[i]);
+        }
+    }
+    y
+}
+
+/// Adds the products of 16 keys, and of 16 queries, with both right operands.
+#[cube]
+fn multiply<F: Float>(
+    mma: &Mma<F>,
+    k: &Frag<F>,
+    q: &Frag<F>,
+    right: &Frag<F>,
+    keys: &mut Sequence<Acc>,
+    queries: &mut Sequence<Acc>,
+) {
     #[unroll]
     for n in 0..2usize {
-        let x = level.products.index(n);
+        let half = half_frag::<F>(right, n);
+        mma.execute_inplace(k, &half, keys.index_mut(n));
+        mma.execute_inplace(q, &half, queries.index_mut(n));
+    }
+}
+
+/// All levels but the last: leaves the tile's products of keys, and of queries, with keys, and the squares of the rows'
+/// norms; and of the first tile the keys that the second sees. The share's groups are the tile then.
+#[cube]
+pub(crate) fn leave_levels<F: Float>(
+    mma: &Mma<F>,
+    share: &mut Share<F>,
+    tile: &mut Tile<F>,
+    partial: &mut Partial,
+    at: Slice,
+    #[comptime] bp: Blueprint,
+) {
+    let row = at.lane / 4;
+    let column = at.lane % 4 * 2;
+    let mut keys = zeros(2usize);
+    let mut queries = zeros(2usize);
+
+    // Of level 1 and the diagonal only second rows are decayed, and only those see other rows, first ones.
+    #[unroll]
+    for step in 0..STEPS {
+        let (k, q) = (of_step(&share.k, step), of_step(&share.q, step));
+        let by = of_step(&share.from, step);
+        let right = as_right(&k);
+        let (first, second) = (half_frag::<F>(&right, 0usize), half_frag::<F>(&right, 1usize));
+        mma.execute_inplace(&scaled::<F>(&k, &by, 1usize, true), &first, keys.index_mut(0usize));
+        mma.execute_inplace(&scaled::<F>(&q, &by, 1usize, false), &first, queries.index_mut(0usize));
+        mma.execute_inplace(&q, &second, queries.index_mut(1usize));
+    }
+    #[unroll]
+    for p in 0..PAIRS {
+        let (first, second) = (share.from[p], share.from[comptime!(PAIRS + p)]);
+        share.to[p] = second;
+        share.from[comptime!(PAIRS + p)] = first * second;
+    }
+
+    // Half of a group, in units.
+    let mut h = 1u32;
+    while h < 8 {
+        let second = row & h != 0;
+        let mut new_keys = zeros(2usize);
+        let mut new_queries = zeros(2usize);
         #[unroll]
-        for e in 0..2usize {
-            let row = (lane / 4) as u32 + comptime!(8 * e as u32);
-            let column = (lane % 4 * 2) as u32 + comptime!(8 * n as u32);
-            let y = x[e];
-            let lo = select(in_level(row, column, h), y[0], 0.0f32);
-            let hi = select(in_level(row, column + 1, h), y[1], 0.0f32);
-            let mut kept = Vector::<f32, V2>::cast_from(lo);
-            kept[1] = hi;
-            if row_block == 0 {
-                let sum = sums.index_mut(n);
-                sum[e] = sum[e] + kept;
-            } else {
-                let sum = sums.index_mut(comptime!(n + 2));
-                sum[e] = sum[e] + kept;
+        for step in 0..STEPS {
+            let (from, to) = (of_step(&share.from, step), of_step(&share.to, step));
+            let mut by = Array::new(4usize);
+            #[unroll]
+            for i in 0..4usize {
+                by[i] = select_many(Vector::cast_from(second), from[i], to[i]);
             }
+            let q = scaled::<F>(&of_step(&share.q, step), &by, 0usize, false);
+            let k = scaled::<F>(&of_step(&share.k, step), &by, 0usize, true);
+            multiply::<F>(mma, &k, &q, &as_right(&k), &mut new_keys, &mut new_queries);
+        }
+        keep_level(&mut keys, &new_keys, row, column, h);
+        keep_level(&mut queries, &new_queries, row, column, h);
+        join::<F>(share, second, at.lane, h);
+        h *= 2;
+    }
+    let queries_of_block = comptime!(BLOCKS as u32) + at.block;
+    partial.leave(&keys, at, at.block, at.block);
+    partial.leave(&queries, at, queries_of_block, at.block);
+
+    // The last row has the whole tile behind its start.
+    if at.lane / 4 == 7 {
+        #[unroll]
+        for p in 0..PAIRS {
+            partial.whole[whole_at(at, at.block, p, bp)] = share.from[comptime!(PAIRS + p)];
+        }
+    }
+    if at.block == 0 {
+        #[unroll]
+        for step in 0..STEPS {
+            let k = scaled::<F>(&of_step(&share.k, step), &of_step(&share.to, step), 0usize, false);
+            tile[seen_keys(at, step, bp)] = pack::<F>(&k);
         }
     }
 }
 
-/// Whether h is the highest bit in which `row` and `column` differ, and the row's.
+/// Where the first tile leaves the keys that the second sees.
 #[cube]
-fn in_level(row: u32, column: u32, #[comptime] h: usize) -> bool {
-    let differ = row ^ column;
-    if comptime!(h == 0) {
-        differ == 0
-    } else {
-        differ >= comptime!(h as u32) && differ < comptime!(2 * h as u32) && row > column
+fn seen_keys(at: Slice, #[comptime] step: usize, #[comptime] bp: Blueprint) -> usize {
+    let first = comptime!((bp.prepared_blocks() + 32 * step) as u32);
+    (first + at.slice * comptime!(32 * STEPS as u32) + at.lane) as usize
+}
+
+/// Where tile `block` of rows leaves its decay of the unit's pair `p` of channels.
+#[cube]
+fn whole_at(at: Slice, block: u32, #[comptime] p: usize, #[comptime] bp: Blueprint) -> usize {
+    let pairs = comptime!((SLICE / 2) as u32);
+    let unit =
+        (block * comptime!(bp.slices() as u32) + at.slice) * pairs + at.lane % 4 * comptime!(PAIRS as u32);
+    (unit + comptime!(p as u32)) as usize
+}
+
+/// The last level: of the second tile, its products with the first; and leaves the record's rows decayed from the start of the
+/// chunk, and keys decayed to its end, and the decay of the whole chunk.
+#[cube]
+pub(crate) fn leave_rows<F: Float>(
+    mma: &Mma<F>,
+    share: &mut Share<F>,
+    tile: &Tile<F>,
+    partial: &mut Partial,
+    factors: &mut SharedMemory<f32>,
+    records: &mut Array<Vector<F, V8>>,
+    record: usize,
+    at: Slice,
+    #[comptime] bp: Blueprint,
+) {
+    if at.block == 1 {
+        let mut keys = zeros(2usize);
+        let mut queries = zeros(2usize);
+        #[unroll]
+        for step in 0..STEPS {
+            let right = as_right(&unpack::<F>(tile[seen_keys(at, step, bp)]));
+            let by = of_step(&share.from, step);
+            let k = scaled::<F>(&of_step(&share.k, step), &by, 0usize, false);
+            let q = scaled::<F>(&of_step(&share.q, step), &by, 0usize, false);
+            multiply::<F>(mma, &k, &q, &right, &mut keys, &mut queries);
+        }
+        partial.leave(&keys, at, 1u32, 0u32);
+        partial.leave(&queries, at, comptime!(BLOCKS as u32 + 1), 0u32);
+    }
+    if comptime!(bp.spec.qk_l2norm) {
+        partial.leave_squares(squares::<F>(&share.k), at, at.block);
+        partial.leave_squares(squares::<F>(&share.q), at, comptime!(BLOCKS as u32) + at.block);
+    }
+    if at.inside {
+        #[unroll]
+        for p in 0..PAIRS {
+            let a = partial.whole[whole_at(at, 0u32, p, bp)];
+            let b = partial.whole[whole_at(at, 1u32, p, bp)];
+            if at.block == 1 {
+                share.from[p] = share.from[p] * a;
+                share.from[comptime!(PAIRS + p)] = share.from[comptime!(PAIRS + p)] * a;
+            } else {
+                share.to[p] = share.to[p] * b;
+                share.to[comptime!(PAIRS + p)] = share.to[comptime!(PAIRS + p)] * b;
+                if at.lane < 4 {
+                    let all = a * b;
+                    let channel = (8 * at.col + comptime!((CHANNELS_AT + 2 * p) as u32)) as usize;
+                    factors[channel] = all[0];
+                    factors[channel + 1] = all[1];
+                }
+            }
+        }
+        let rows = comptime!(CHUNK * bp.spec.key_dim / 8);
+        #[unroll]
+        for r in 0..ROWS {
+            let to = record + (at.row(r) * comptime!((bp.spec.key_dim / 8) as u32) + at.col) as usize;
+            records[to] = decayed_row::<F>(&share.k, &share.from, r);
+            records[to + rows] = decayed_row::<F>(&share.q, &share.from, r);
+            records[to + comptime!(2 * rows)] = decayed_row::<F>(&share.k, &share.to, r);
+        }
+    }
+}
+
+/// Row `r` of a unit, decayed, as 16 bytes.
+#[cube]
+fn decayed_row<F: Float>(
+    x: &Array<Vector<F, V2>>,
+    by: &Array<Vector<f32, V2>>,
+    #[comptime] r: usize,
+) -> Vector<F, V8> {
+    let mut f = Frag::<F>::new(PAIRS);
+    #[unroll]
+    for p in 0..PAIRS {
+        let i = comptime!(PAIRS * r + p);
+        f[p] = Vector::cast_from(Vector::<f32, V2>::cast_from(x[i]) * by[i]);
+    }
+    pack::<F>(&f)
+}
+
+/// The squares of the norms of a unit's rows, all channels of the slice.
+#[cube]
+fn squares<F: Float>(x: &Array<Vector<F, V2>>) -> Vector<f32, V2> {
+    let mut sums = Vector::<f32, V2>::cast_from(0.0f32);
+    #[unroll]
+    for r in 0..ROWS {
+        let mut sum = 0.0f32;
+        #[unroll]
+        for p in 0..PAIRS {
+            sum += square::<F>(x[comptime!(PAIRS * r + p)]);
+        }
+        sums[r] = over_row(sum);
+    }
+    sums
+}
+
+/// Keeps of `level` the pairs of rows that part there or later: those that part earlier are there already, and what
+/// remains is of a later level, or above the diagonal.
+#[cube]
+fn keep_level(sums: &mut Sequence<Acc>, level: &Sequence<Acc>, row: u32, column: u32, h: u32) {
+    #[unroll]
+    for n in 0..2usize {
+        let x = level.index(n);
+        let sum = sums.index_mut(n);
+        #[unroll]
+        for r in 0..ROWS {
+            let (new, mut kept) = (x[r], sum[r]);
+            #[unroll]
+            for e in 0..2usize {
+                kept[e] = select(row ^ (column + comptime!(e as u32)) >= h, new[e], kept[e]);
+            }
+            sum[r] = kept;
+        }
+    }
+}
+
+/// From groups of `h` units to groups of `2 h`.
+#[cube]
+fn join<F: Float>(share: &mut Share<F>, second: bool, lane: u32, h: u32) {
+    // The last unit of the other half.
+    let from = ((lane / 4 | (h - 1)) ^ h) * 4 + lane % 4;
+    #[unroll]
+    for p in 0..PAIRS {
+        let last = share.from[comptime!(PAIRS + p)];
+        let mut before = Vector::<f32, V2>::cast_from(1.0f32);
+        let mut behind = Vector::<f32, V2>::cast_from(1.0f32);
+        #[unroll]
+        for e in 0..2usize {
+            let other = plane_shuffle(last[e], from);
+            before[e] = select(second, other, 1.0f32);
+            behind[e] = select(second, 1.0f32, other);
+        }
+        #[unroll]
+        for r in 0..ROWS {
+            let i = comptime!(PAIRS * r + p);
+            share.from[i] = share.from[i] * before;
+            share.to[i] = share.to[i] * behind;
+        }
     }
 }

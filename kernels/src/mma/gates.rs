@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::blueprint::{Blueprint, CHUNK};
 use super::stage::Place;
+use crate::known::known_and;
 use crate::math::{beta_of, log_decay_of};
 use crate::record::Strides;
 use crate::spec::{BetaMap, Decay};
@@ -31,17 +32,33 @@ pub(crate) fn read_gates<B: Float, G: Float>(
     lane: usize,
     #[comptime] bp: Blueprint,
 ) -> Raw {
-    let n_h = comptime!(bp.spec.micro_steps);
     let step = c * CHUNK + lane;
     let seq = place.seq;
-    let mut raw = Raw { beta: 0.0f32, g: 0.0f32 };
-    if step < place.steps {
-        raw.beta = f32::cast_from(beta[beta_at.at(seq.row, seq.start * n_h + step, place.hv)]);
-        if comptime!(bp.spec.decay == Decay::Head) {
-            raw.g = f32::cast_from(g[g_at.at(seq.row, seq.start + step / n_h, place.hv)]);
-        }
+    let mut raw = Raw { beta: read_beta(beta, beta_at, place, c, lane, bp), g: 0.0f32 };
+    if known_and(bp.spec.decay == Decay::Head, step < place.steps) {
+        raw.g =
+            f32::cast_from(g[g_at.at(seq.row, seq.start + step / comptime!(bp.spec.micro_steps), place.hv)]);
     }
     raw
+}
+
+/// Beta of the lane's micro-step, as the caller holds it.
+#[cube]
+pub(crate) fn read_beta<B: Float>(
+    beta: &Array<B>,
+    beta_at: &Strides,
+    place: &Place,
+    c: usize,
+    lane: usize,
+    #[comptime] bp: Blueprint,
+) -> f32 {
+    let step = c * CHUNK + lane;
+    let mut x = 0.0f32;
+    if step < place.steps {
+        let first = place.seq.start * comptime!(bp.spec.micro_steps);
+        x = f32::cast_from(beta[beta_at.at(place.seq.row, first + step, place.hv)]);
+    }
+    x
 }
 
 /// Beta of the lane's micro-step, the log decay from the start of the chunk to it, and to the end. In the

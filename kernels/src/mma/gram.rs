@@ -30,31 +30,15 @@ pub(crate) fn multiply_keys<F: Float>(
 ) -> Gram {
     let last = comptime!(BLOCKS + bp.read_blocks() - 1);
     let block = select(block < last, block, last);
-    let left = base + block * comptime!(TILE * bp.key_row());
-    products::<F>(mma, tile, left, base, lane, BLOCKS, bp.spec.qk_l2norm, bp)
-}
-
-/// 16 rows from `left` times `blocks` tiles of rows from `right`, and the squares of the rows' norms if asked for.
-#[cube]
-pub(crate) fn products<F: Float>(
-    mma: &Mma<F>,
-    tile: &Tile<F>,
-    left: usize,
-    right: usize,
-    lane: usize,
-    #[comptime] blocks: usize,
-    #[comptime] squared: bool,
-    #[comptime] bp: Blueprint,
-) -> Gram {
     let ld = comptime!(bp.key_row());
-    let left = left + by_depth(lane, ld);
-    let right = right + by_columns(lane, ld);
-    let mut products = zeros(comptime!(2 * blocks));
+    let left = base + block * comptime!(TILE * bp.key_row()) + by_depth(lane, ld);
+    let right = base + by_columns(lane, ld);
+    let squared = comptime!(bp.spec.qk_l2norm);
+    let mut products = zeros(comptime!(2 * BLOCKS));
     let mut lo = Vector::<f32, V2>::cast_from(0.0f32);
     let mut hi = Vector::<f32, V2>::cast_from(0.0f32);
     let total = comptime!(bp.key_steps());
-    // Beside gates per channel there are few registers left.
-    let ahead = comptime!(if bp.by_channel() { 1 } else { (AHEAD / 2).min(bp.key_steps()) });
+    let ahead = comptime!((AHEAD / 2).min(bp.key_steps()));
     let mut a = Sequence::<Frag<F>>::new();
     let mut b = Sequence::<Frag<F>>::new();
     #[unroll]
@@ -62,7 +46,7 @@ pub(crate) fn products<F: Float>(
         if comptime!(step < total) {
             a.push(load::<F>(mma, tile, left + 2 * step, false));
             #[unroll]
-            for j in 0..blocks {
+            for j in 0..BLOCKS {
                 b.push(load::<F>(mma, tile, right + j * comptime!(TILE * bp.key_row()) + 2 * step, false));
             }
         }
@@ -79,8 +63,8 @@ pub(crate) fn products<F: Float>(
                 }
             }
             #[unroll]
-            for j in 0..blocks {
-                let right = b.index(comptime!(now * blocks + j));
+            for j in 0..BLOCKS {
+                let right = b.index(comptime!(now * BLOCKS + j));
                 mma2::<F>(mma, &a, now, 0usize, right, &mut products, comptime!(2 * j), 0usize, 1usize);
             }
         }
@@ -196,7 +180,7 @@ pub(crate) fn products_of_chunk<F: Float>(
 
 /// The square of the norm of two channels.
 #[cube]
-fn square<F: Float>(pair: Vector<F, V2>) -> f32 {
+pub(crate) fn square<F: Float>(pair: Vector<F, V2>) -> f32 {
     let x = Vector::<f32, V2>::cast_from(pair);
     fma(x[0], x[0], x[1] * x[1])
 }

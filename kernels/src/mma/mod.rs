@@ -35,6 +35,7 @@ mod gram;
 mod held;
 mod inverse;
 mod parcel;
+mod partial;
 mod planes;
 pub mod prepare;
 mod scan;

@@ -46,7 +46,7 @@ pub(crate) fn new_parcel(#[comptime] bp: Blueprint) -> Parcel {
 
 /// Sends for the keys of chunk `c`.
 #[cube]
-pub(crate) fn fetch_keys<F: Float>(
+fn fetch_keys<F: Float>(
     parcel: &mut Parcel,
     k: &Array<Vector<F, V8>>,
     strides: &StagedStrides,
@@ -61,7 +61,7 @@ pub(crate) fn fetch_keys<F: Float>(
 
 /// Sends for the queries of chunk `c`.
 #[cube]
-pub(crate) fn fetch_queries<F: Float>(
+fn fetch_queries<F: Float>(
     parcel: &mut Parcel,
     q: &Array<Vector<F, V8>>,
     strides: &StagedStrides,
@@ -266,13 +266,7 @@ fn fetch_all<F: Float>(
 }
 
 #[cube]
-pub(crate) fn put_rows<F: Float>(
-    parcel: &Parcel,
-    to: &mut Tile<F>,
-    at: usize,
-    unit: usize,
-    #[comptime] rows: Rows,
-) {
+fn put_rows<F: Float>(parcel: &Parcel, to: &mut Tile<F>, at: usize, unit: usize, #[comptime] rows: Rows) {
     #[unroll]
     for round in 0..comptime!(rows.rounds()) {
         let i = unit as u32 + comptime!((round * rows.group) as u32);

@@ -2,18 +2,16 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{BLOCK_UNITS, Blueprint, GROUP_UNITS, PREPARE_PLANES};
-use super::channel::{gram_by_channel, read_channel_gates};
+use super::blueprint::{BLOCK_UNITS, Blueprint, PREPARE_PLANES};
+use super::channel::{Slice, leave_levels, leave_rows, read_share};
 use super::chunk::{Target, finish, finish_all};
-use super::gates::read_gates;
+use super::gates::{Raw, read_beta, read_gates};
 use super::gram::products_of_chunk;
 use super::inverse::new_leaves;
 use super::new_factors;
-use super::parcel::{fetch_keys, fetch_queries, new_parcel, put_rows};
-use super::stage::{
-    Place, StagedStrides, block_rows, decayed_key_rows, key_rows, place_of, query_rows, record_rows,
-};
-use super::tile::{Mma, Tile, V8};
+use super::partial::Partial;
+use super::stage::{Place, StagedStrides, place_of};
+use super::tile::{Mma, Tile, V4, V8};
 use crate::record::Strides;
 
 /// Chunk `id / heads` of all sequences and head `id % heads`: its place, and which chunk of its sequence it is.
@@ -75,8 +73,7 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     }
     let (place, c) = place_of_record(table, id, tokens, sequences, chunks, heads, group, bp);
     let strides = StagedStrides { q: q_at, k: k_at, v: k_at };
-    let mut tile =
-        Tile::<F>::new_aligned(comptime!(PREPARE_PLANES * bp.chunk_blocks() * BLOCK_UNITS), 128usize);
+    let mut tile = Tile::<F>::new_aligned(comptime!(bp.prepared_blocks()), 128usize);
     let mut factors = new_factors(PREPARE_PLANES, bp);
     let mut leaves = new_leaves(PREPARE_PLANES);
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
@@ -112,13 +109,13 @@ pub fn prepare<F: Float, B: Float, G: Float>(
 }
 
 /// The same for gates per channel, a cube for each chunk and head: rows decayed to the start and the end of their chunk are
-/// part of the record.
+/// part of the record. Strides of g are multiples of 4, and so is the offset of its buffer.
 #[cube(launch_unchecked, fast_math = FastMath::all(), address_type = "u64")]
 pub fn prepare_by_channel<F: Float, B: Float, G: Float>(
     q: &Array<Vector<F, V8>>,
     k: &Array<Vector<F, V8>>,
     beta: &Array<B>,
-    g: &Array<G>,
+    g: &Array<Vector<G, V4>>,
     a_log: &Array<f32>,
     dt_bias: &Array<f32>,
     table: &Array<u32>,
@@ -144,41 +141,33 @@ pub fn prepare_by_channel<F: Float, B: Float, G: Float>(
     }
     let (place, c) = place_of_record(table, id, tokens, sequences, chunks, heads, group, bp);
     let strides = StagedStrides { q: q_at, k: k_at, v: k_at };
-    let mut tile = Tile::<F>::new_aligned(comptime!(bp.prepare_memory()), 128usize);
+    let mut tile = Tile::<F>::new_aligned(comptime!(bp.prepared_blocks() + 64 * bp.slices()), 128usize);
     let mut factors = new_factors(1usize, bp);
     let mut leaves = new_leaves(1usize);
+    let mut partial = Partial::new(bp);
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
-    let unit = UNIT_POS_X as usize;
-    let lane = unit % 32;
-    let block = unit / 32;
+    let unit = UNIT_POS_X;
+    let (lane, plane) = (unit % 32, unit / 32);
+    let record = id as usize * comptime!(bp.record().0);
 
-    let fetches = unit < GROUP_UNITS;
-    let mut parcel = new_parcel(bp);
-    if fetches {
-        fetch_keys::<F>(&mut parcel, k, &strides, &place, c, unit, bp);
-        fetch_queries::<F>(&mut parcel, q, &strides, &place, c, unit, bp);
+    for turn in 0..comptime!(bp.turns() as u32) {
+        let at = Slice::new(unit, turn, bp);
+        // Always so for most K; but without the branch `ptxas` takes more than 128 registers.
+        let works = at.slice < comptime!(bp.slices() as u32);
+        let mut share =
+            read_share::<F, G>(q, k, g, a_log, dt_bias, &strides, &g_at, lower_bound, &place, c, at, bp);
+        if works {
+            leave_levels::<F>(&mma, &mut share, &mut tile, &mut partial, at, bp);
+        }
+        sync_cube();
+        if works {
+            leave_rows::<F>(&mma, &mut share, &tile, &mut partial, &mut factors, records, record, at, bp);
+        }
     }
-    let raw = read_gates(beta, g, &beta_at, &g_at, &place, c, lane, bp);
-    let raw_channels = read_channel_gates(g, &g_at, &place, c, unit, bp);
-    if fetches {
-        put_rows::<F>(&parcel, &mut tile, 0usize, unit, comptime!(key_rows(bp)));
-        put_rows::<F>(&parcel, &mut tile, 0usize, unit, comptime!(query_rows(bp)));
-    }
+    let raw = Raw { beta: read_beta(beta, &beta_at, &place, c, lane as usize, bp), g: 0.0f32 };
     sync_cube();
-    let products = gram_by_channel::<F>(
-        &mma,
-        &mut tile,
-        &mut factors,
-        &raw_channels,
-        a_log,
-        dt_bias,
-        lower_bound,
-        &place,
-        c,
-        unit,
-        bp,
-    );
-    let to = Target::of_stage(0usize, bp);
+    let to = Target::of_plane(0usize, bp);
+    let products = partial.gather(plane, lane, bp);
     finish::<F>(
         &mma,
         &mut tile,
@@ -193,22 +182,20 @@ pub fn prepare_by_channel<F: Float, B: Float, G: Float>(
         &place,
         c,
         to,
-        block,
-        lane,
+        plane as usize,
+        lane as usize,
         bp,
     );
     sync_cube();
-    if fetches {
-        let mut at = id as usize * comptime!(bp.record().0);
-        record_rows::<F>(&tile, records, at, unit, comptime!(key_rows(bp)));
-        at += comptime!(key_rows(bp).units());
-        record_rows::<F>(&tile, records, at, unit, comptime!(query_rows(bp)));
-        at += comptime!(query_rows(bp).units());
-        record_rows::<F>(&tile, records, at, unit, comptime!(decayed_key_rows(bp)));
-        at += comptime!(decayed_key_rows(bp).units());
-        record_rows::<F>(&tile, records, at, unit, comptime!(block_rows(bp)));
+    let blocks = record + comptime!(bp.record().0 - bp.chunk_blocks() * BLOCK_UNITS);
+    #[unroll]
+    for round in 0..comptime!((bp.chunk_blocks() * BLOCK_UNITS).div_ceil(bp.prepare_units())) {
+        let i = unit as usize + comptime!(round * bp.prepare_units());
+        if i < comptime!(bp.chunk_blocks() * BLOCK_UNITS) {
+            records[blocks + i] = tile[i];
+        }
     }
-    leave_factors(&factors, to, record_factors, id, unit, bp.prepare_units(), bp);
+    leave_factors(&factors, to, record_factors, id, unit as usize, bp.prepare_units(), bp);
 }
 
 /// Copies the factors of a chunk to record `id`, by as many units.

@@ -185,28 +185,6 @@ pub(crate) fn queries_of(at: &Strides, place: &Place, c: usize, #[comptime] bp: 
     Source { from, stride: at.t / 8, last: (place.seq.tokens - 1 - token0) as u32 }
 }
 
-/// Copies rows of the stage at the start of shared memory to device memory, one behind the other.
-#[cube]
-pub(crate) fn record_rows<F: Float>(
-    from: &Tile<F>,
-    to: &mut Array<Vector<F, V8>>,
-    at: usize,
-    unit: usize,
-    #[comptime] rows: Rows,
-) {
-    #[unroll]
-    for round in 0..comptime!(rows.rounds()) {
-        let i = unit as u32 + comptime!((round * rows.group) as u32);
-        let row = i / comptime!(rows.cols as u32);
-        let col = i % comptime!(rows.cols as u32);
-        let whole = comptime!((round + 1) * rows.group <= rows.units());
-        if known_or(whole, row < comptime!(rows.rows as u32)) {
-            let at_src = (row * comptime!(rows.ld as u32) + col) as usize;
-            to[at + i as usize] = from[rows.at + at_src];
-        }
-    }
-}
-
 /// The chunk that the scan takes as its `c`th: backwards, the last one first.
 #[cube]
 pub(crate) fn turn(place: &Place, c: usize, #[comptime] bp: Blueprint) -> usize {

@@ -126,7 +126,7 @@ pub(crate) fn as_right<F: Float>(left: &Frag<F>) -> Frag<F> {
 
 /// Half `h` of a pair of right operands.
 #[cube]
-fn half_frag<F: Float>(f: &Frag<F>, #[comptime] h: usize) -> Frag<F> {
+pub(crate) fn half_frag<F: Float>(f: &Frag<F>, #[comptime] h: usize) -> Frag<F> {
     let mut b = Frag::<F>::new(2usize);
     b[0] = f[comptime!(2 * h)];
     b[1] = f[comptime!(2 * h + 1)];

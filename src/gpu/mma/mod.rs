@@ -31,6 +31,8 @@ fn applies<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, tensors: &[&Ch
         && spec.value_dim.is_multiple_of(16)
         && (call.problem.rule().decay != Decay::Channel || spec.micro_steps == 1)
         && own.iter().chain(tensors).all(|t| t.vectorizes(call.dtypes.data, 8))
+        && (spec.decay != kernels::Decay::Channel
+            || call.g.as_ref().is_none_or(|g| g.vectorizes(call.dtypes.gate, 4)))
 }
 
 /// Whether the device multiplies 16 x 8 x 16 tiles of `dtype` into f32, and loads and stores them by matrices.
