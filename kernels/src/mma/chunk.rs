@@ -165,7 +165,7 @@ impl Target {
 
 /// The gates of chunk `c`.
 #[cube]
-fn gates_of(
+pub(crate) fn gates_of(
     raw: &Raw,
     a_log: &Array<f32>,
     dt_bias: &Array<f32>,
@@ -187,29 +187,24 @@ pub(crate) fn finish<F: Float>(
     factors: &mut SharedMemory<f32>,
     leaves: &mut SharedMemory<Vector<f32, V2>>,
     gram: &Gram,
-    raw: &Raw,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
-    lower_bound: f32,
+    gates: &Gates,
     scale: f32,
-    place: &Place,
     c: usize,
     to: Target,
     block: usize,
     lane: usize,
     #[comptime] bp: Blueprint,
 ) {
-    let gates = gates_of(raw, a_log, dt_bias, lower_bound, place, c, lane, bp);
     if block < BLOCKS {
-        leave_products::<F>(mma, tile, factors, leaves, gram, &gates, to, block, lane, bp);
+        leave_products::<F>(mma, tile, factors, leaves, gram, gates, to, block, lane, bp);
         sync_plane();
         // The two halves of the plane do the same.
         let own = lane % TILE;
         let rho = of_row(reciprocal_norms(gram, bp), own);
         let row = block * TILE + own;
-        leave_inverse::<F>(tile, factors, leaves, &gates, rho, to, row, lane < TILE, bp);
+        leave_inverse::<F>(tile, factors, leaves, gates, rho, to, row, lane < TILE, bp);
     } else if block < comptime!(BLOCKS + bp.read_blocks()) {
-        finish_queries::<F>(mma, tile, factors, gram, &gates, scale, c, to, block - BLOCKS, lane, bp);
+        finish_queries::<F>(mma, tile, factors, gram, gates, scale, c, to, block - BLOCKS, lane, bp);
     }
 }
 
@@ -221,31 +216,26 @@ pub(crate) fn finish_all<F: Float>(
     factors: &mut SharedMemory<f32>,
     leaves: &mut SharedMemory<Vector<f32, V2>>,
     grams: &Sequence<Gram>,
-    raw: &Raw,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
-    lower_bound: f32,
+    gates: &Gates,
     scale: f32,
-    place: &Place,
     c: usize,
     to: Target,
     lane: usize,
     #[comptime] bp: Blueprint,
 ) {
-    let gates = gates_of(raw, a_log, dt_bias, lower_bound, place, c, lane, bp);
     #[unroll]
     for block in 0..BLOCKS {
-        leave_products::<F>(mma, tile, factors, leaves, grams.index(block), &gates, to, block, lane, bp);
+        leave_products::<F>(mma, tile, factors, leaves, grams.index(block), gates, to, block, lane, bp);
     }
     sync_plane();
     let lo = of_row(reciprocal_norms(grams.index(0usize), bp), lane % TILE);
     let hi = of_row(reciprocal_norms(grams.index(1usize), bp), lane % TILE);
     let rho = select(lane < TILE, lo, hi);
-    leave_inverse::<F>(tile, factors, leaves, &gates, rho, to, lane, true, bp);
+    leave_inverse::<F>(tile, factors, leaves, gates, rho, to, lane, true, bp);
     #[unroll]
     for block in 0..comptime!(bp.read_blocks()) {
         let gram = grams.index(comptime!(BLOCKS + block));
-        finish_queries::<F>(mma, tile, factors, gram, &gates, scale, c, to, block, lane, bp);
+        finish_queries::<F>(mma, tile, factors, gram, gates, scale, c, to, block, lane, bp);
     }
 }
 

@@ -10,7 +10,7 @@
 //! scan      N = T (V - e^G . K S)     O = e^G . Q S + P N     S <- e^{G_C} S + (e^{G_C - G} N)^T K
 //! ```
 //!
-//! Where several cubes share a head, and for gates per channel (`channel.rs`), launches of [`prepare`] do its part for all
+//! Where several cubes share a head, and for gates per channel (`channel`), launches of [`prepare`] do its part for all
 //! chunks beforehand, and the other planes only fetch and store.
 //!
 //! Where long sequences have few heads they are split into segments ([`Pass`]). Rows of $S^T$ (value channels) do not
@@ -35,7 +35,6 @@ mod gram;
 mod held;
 mod inverse;
 mod parcel;
-mod partial;
 mod planes;
 pub mod prepare;
 mod scan;
@@ -51,7 +50,7 @@ use cubecl::prelude::*;
 
 use crate::known::known_or;
 use crate::record::{StateStrides, Strides};
-use chunk::{Target, finish};
+use chunk::{Target, finish, gates_of};
 use fetch::{fetch_chunks, store_chunk, store_last};
 use gates::read_gates;
 use gram::multiply_keys;
@@ -236,18 +235,15 @@ pub fn forward<F: Float, B: Float, G: Float>(
                     sync_cube();
                 }
                 let to = Target::of_stage(at_stage, bp);
+                let gates = gates_of(&raw, a_log, dt_bias, lower_bound, &place, next, lane, bp);
                 finish::<F>(
                     &mma,
                     &mut tile,
                     &mut factors,
                     &mut leaves,
                     &products,
-                    &raw,
-                    a_log,
-                    dt_bias,
-                    lower_bound,
+                    &gates,
                     scale,
-                    &place,
                     next,
                     to,
                     block,

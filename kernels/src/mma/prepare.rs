@@ -3,13 +3,12 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{BLOCK_UNITS, Blueprint, PREPARE_PLANES};
-use super::channel::{Slice, leave_levels, leave_rows, read_share};
-use super::chunk::{Target, finish, finish_all};
+use super::channel::{Partial, Slice, leave_levels, leave_rows, read_share};
+use super::chunk::{Target, finish, finish_all, gates_of};
 use super::gates::{Raw, read_beta, read_gates};
 use super::gram::products_of_chunk;
 use super::inverse::new_leaves;
 use super::new_factors;
-use super::partial::Partial;
 use super::stage::{Place, StagedStrides, place_of};
 use super::tile::{Mma, Tile, V4, V8};
 use crate::record::Strides;
@@ -81,24 +80,9 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     let products = products_of_chunk::<F>(&mma, q, k, &strides, &place, c, lane, bp);
     // Any earlier, and exponentials of gates would take registers beside the products.
     let raw = read_gates(beta, g, &beta_at, &g_at, &place, c, lane, bp);
+    let gates = gates_of(&raw, a_log, dt_bias, lower_bound, &place, c, lane, bp);
     let to = Target::of_plane(plane, bp);
-    finish_all::<F>(
-        &mma,
-        &mut tile,
-        &mut factors,
-        &mut leaves,
-        &products,
-        &raw,
-        a_log,
-        dt_bias,
-        lower_bound,
-        scale,
-        &place,
-        c,
-        to,
-        lane,
-        bp,
-    );
+    finish_all::<F>(&mma, &mut tile, &mut factors, &mut leaves, &products, &gates, scale, c, to, lane, bp);
     sync_plane();
     let record = id as usize * comptime!(bp.record().0) + lane;
     #[unroll]
@@ -167,6 +151,7 @@ pub fn prepare_by_channel<F: Float, B: Float, G: Float>(
     let raw = Raw { beta: read_beta(beta, &beta_at, &place, c, lane as usize, bp), g: 0.0f32 };
     sync_cube();
     let to = Target::of_plane(0usize, bp);
+    let gates = gates_of(&raw, a_log, dt_bias, lower_bound, &place, c, lane as usize, bp);
     let products = partial.gather(plane, lane, bp);
     finish::<F>(
         &mma,
@@ -174,12 +159,8 @@ pub fn prepare_by_channel<F: Float, B: Float, G: Float>(
         &mut factors,
         &mut leaves,
         &products,
-        &raw,
-        a_log,
-        dt_bias,
-        lower_bound,
+        &gates,
         scale,
-        &place,
         c,
         to,
         plane as usize,

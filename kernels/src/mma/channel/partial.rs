@@ -2,10 +2,10 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{BLOCKS, Blueprint, SLICE, TILE};
-use super::channel::Slice;
-use super::gram::Gram;
-use super::tile::{Acc, V2, V4, zeros};
+use super::super::blueprint::{BLOCKS, Blueprint, SLICE, TILE};
+use super::super::gram::Gram;
+use super::super::tile::{Acc, V2, V4, zeros};
+use super::Slice;
 
 /// Units of 16 bytes in 16 x 16 sums.
 const SUMS: usize = TILE * TILE / 4;
@@ -37,7 +37,7 @@ impl Partial {
         }
     }
 
-    /// Leaves the products of row block `rows` of [K; Q] with key tile `keys`, rows and columns as `channel.rs` has them:
+    /// Leaves the products of row block `rows` of [K; Q] with key tile `keys`, rows and columns in the order of the share:
     /// a unit has four neighbouring columns. Halves of every second row change place, so that rows that are read together
     /// fall into different banks.
     pub(crate) fn leave(&mut self, products: &Sequence<Acc>, at: Slice, rows: u32, keys: u32) {
