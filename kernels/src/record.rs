@@ -20,7 +20,7 @@ pub struct Strides {
 impl Strides {
     /// The offset of channel 0 at `(row, t, head)`.
     pub(crate) fn at(&self, row: usize, t: usize, head: usize) -> usize {
-        row * self.b as usize + t * self.t as usize + head * self.h as usize
+        product(row, self.b) + product(t, self.t) + product(head, self.h)
     }
 }
 
@@ -41,8 +41,15 @@ pub struct StateStrides {
 impl StateStrides {
     /// The offset of value channel 0 at `(n, head, key)`.
     pub(crate) fn row(&self, n: usize, head: usize, key: usize) -> usize {
-        n * self.n as usize + head * self.h as usize + key * self.k as usize
+        product(n, self.n) + product(head, self.h) + product(key, self.k)
     }
+}
+
+/// `i` times a stride. No index of a row, token or head needs more than 32 bits, and the compiler cannot know: it would
+/// multiply by halves.
+#[cube]
+fn product(i: usize, stride: u32) -> usize {
+    (i as u32) as usize * stride as usize
 }
 
 /// One sequence, as the table lists it: `[row, first token, tokens, first chunk]` each.

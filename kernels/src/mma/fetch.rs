@@ -70,7 +70,7 @@ pub(crate) fn fetch_chunks<F: Float>(
             &mut parcel,
             tile,
             factors,
-            next % comptime!(bp.stages()),
+            (next as u32 % comptime!(bp.stages() as u32)) as usize,
             q,
             k,
             v,
