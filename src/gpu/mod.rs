@@ -7,7 +7,8 @@
 //! There are two sets of kernels, and the call decides from the device and the shapes:
 //!
 //! - **Tensor cores** (CUDA, sm_90): q, k, v and o in f16 or bf16, K and V multiples of 16, rows that can be read 16
-//!   bytes at a time, chunks of 32 (or no choice), and one micro-step per token if there is a gate per channel.
+//!   bytes at a time, chunks of 32 (or no choice), and if there is a gate per channel one micro-step per token and rows of
+//!   gates that can be read four at a time.
 //!   Operands are rounded to the data's type, sums and states are f32. One launch, or two for KDA and where few
 //!   heads are dealt out by value channels; these two share scratch of 110 bytes per micro-step and value head
 //!   (KDA at K = 128: 900). Long sequences of few heads are split into segments that run at once, in four launches,

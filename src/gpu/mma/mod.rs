@@ -21,7 +21,7 @@ use crate::{Decay, Error, Result};
 
 /// Whether the instructions, the shapes and the layout of `tensors` suit the tensor-core kernels. Not so: f32 data, a
 /// device without the instructions, head dimensions that are no multiples of 16, rows that cannot be read 16 bytes at a
-/// time, or another chunk size.
+/// time (gates per channel: four at a time), or another chunk size.
 fn applies<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, tensors: &[&Checked<R>]) -> bool {
     let spec = call.spec();
     let own = [&call.q, &call.k, &call.v];
