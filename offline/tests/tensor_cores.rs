@@ -23,16 +23,13 @@ fn tensor_core_kernels_compile_without_spills() {
         call(rule, 256, [256, 256], bf16_type(), &plain);
         call(rule, 256, [128, 128], f16_type(), &fused);
     }
+    let gates = fused.clone().with_gate(GateTransform::Softplus);
+    call(Rule::kda(), 256, [128, 128], bf16_type(), &gates);
     for dims in [[96, 96], [16, 48], [80, 112], [240, 144]] {
         for heads in [256, 2] {
-            call(
-                Rule::gated_deltanet(),
-                heads,
-                dims,
-                bf16_type(),
-                &fused.clone().with_gate(GateTransform::Softplus),
-            );
+            call(Rule::gated_deltanet(), heads, dims, bf16_type(), &gates);
         }
+        call(Rule::kda(), 256, dims, bf16_type(), &gates);
     }
     // Long sequences of few heads are split: the transfer of segments, and the segments.
     let mut splits = 0;

@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 
 use super::super::blueprint::{BLOCKS, Blueprint};
-use super::super::tile::{Acc, Mma, Tile, V2, as_right, half_frag, pack, zeros};
+use super::super::tile::{Acc, Frag, Mma, Tile, V2, as_right, half_frag, pack, zeros};
 use super::{PAIRS, Partial, ROWS, STEPS, Share, Slice, multiply, of_step, scaled, seen_keys, whole_at};
 
 /// All levels but the last: leaves the tile's products of keys, and of queries, with keys, and its decay; and of the first
@@ -44,7 +44,7 @@ pub(crate) fn leave_levels<F: Float>(
     let mut h = 1u32;
     while h < 8 {
         let second = row & h != 0;
-        let mut new_keys = zeros(2usize);
+        let mut scaled_keys = Sequence::<Frag<F>>::new();
         let mut new_queries = zeros(2usize);
         #[unroll]
         for step in 0..STEPS {
@@ -54,12 +54,20 @@ pub(crate) fn leave_levels<F: Float>(
             for i in 0..4usize {
                 by[i] = select_many(Vector::cast_from(second), from[i], to[i]);
             }
-            let q = scaled::<F>(&of_step(&share.q, step), &by, 0usize, false);
             let k = scaled::<F>(&of_step(&share.k, step), &by, 0usize, true);
-            multiply::<F>(mma, &k, &q, &as_right(&k), &mut new_keys, &mut new_queries);
+            let q = scaled::<F>(&of_step(&share.q, step), &by, 0usize, false);
+            multiply::<F>(mma, &q, &as_right(&k), &mut new_queries);
+            scaled_keys.push(k);
+        }
+        keep_level(&mut queries, &new_queries, row, column, h);
+        // Behind the queries: both sums at a time are more registers than there are.
+        let mut new_keys = zeros(2usize);
+        #[unroll]
+        for step in 0..STEPS {
+            let k = scaled_keys.index(step);
+            multiply::<F>(mma, k, &as_right(k), &mut new_keys);
         }
         keep_level(&mut keys, &new_keys, row, column, h);
-        keep_level(&mut queries, &new_queries, row, column, h);
         join::<F>(share, second, at.lane, h);
         h *= 2;
     }

@@ -211,21 +211,12 @@ fn scaled<F: Float>(
     y
 }
 
-/// Adds the products of 16 keys, and of 16 queries, with both right operands.
+/// Adds the products of 16 rows with 16 keys.
 #[cube]
-fn multiply<F: Float>(
-    mma: &Mma<F>,
-    k: &Frag<F>,
-    q: &Frag<F>,
-    right: &Frag<F>,
-    keys: &mut Sequence<Acc>,
-    queries: &mut Sequence<Acc>,
-) {
+fn multiply<F: Float>(mma: &Mma<F>, left: &Frag<F>, right: &Frag<F>, sums: &mut Sequence<Acc>) {
     #[unroll]
     for n in 0..2usize {
-        let half = half_frag::<F>(right, n);
-        mma.execute_inplace(k, &half, keys.index_mut(n));
-        mma.execute_inplace(q, &half, queries.index_mut(n));
+        mma.execute_inplace(left, &half_frag::<F>(right, n), sums.index_mut(n));
     }
 }
 

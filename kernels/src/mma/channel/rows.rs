@@ -30,7 +30,8 @@ pub(crate) fn leave_rows<F: Float>(
             let by = of_step(&share.from, step);
             let k = scaled::<F>(&of_step(&share.k, step), &by, 0usize, false);
             let q = scaled::<F>(&of_step(&share.q, step), &by, 0usize, false);
-            multiply::<F>(mma, &k, &q, &right, &mut keys, &mut queries);
+            multiply::<F>(mma, &k, &right, &mut keys);
+            multiply::<F>(mma, &q, &right, &mut queries);
         }
         partial.leave(&keys, at, 1u32, 0u32);
         partial.leave(&queries, at, comptime!(BLOCKS as u32 + 1), 0u32);
