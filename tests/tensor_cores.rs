@@ -65,6 +65,8 @@ fn head_dimensions_that_are_multiples_of_16() {
         (gated, 1, [192, 16]),
         (gated, 70, [256, 256]),
         (kda, 70, [48, 80]),
+        (kda, 70, [96, 32]),
+        (kda, 1, [32, 16]),
         (kda, 1, [256, 64]),
     ] {
         let problem = Problem::new(rule, shape(batch, 40, [1, 2], dims)).unwrap();

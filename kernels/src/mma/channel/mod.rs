@@ -52,7 +52,7 @@ pub(crate) struct Slice {
     /// Which 32 channels.
     pub(crate) slice: u32,
     pub(crate) lane: u32,
-    /// The unit's channels, in units of 8, and whether K has them.
+    /// The unit's channels, in units of 8, and whether K has them; else the last ones.
     col: u32,
     inside: bool,
 }
@@ -75,9 +75,12 @@ impl Slice {
         let (lane, plane) = (unit % 32, unit / 32);
         let blocks = comptime!(BLOCKS as u32);
         let slice = comptime!((PREPARE_PLANES / BLOCKS) as u32) * turn + plane / blocks;
-        let col = slice * comptime!((SLICE / 8) as u32) + lane % 4;
+        let own = slice * comptime!((SLICE / 8) as u32) + lane % 4;
         let units = comptime!((bp.spec.key_dim / 8) as u32);
-        let inside = known_or(bp.spec.key_dim.is_multiple_of(SLICE), col < units);
+        // Every plane has a slice in every turn.
+        let all = comptime!(bp.spec.key_dim.is_multiple_of(SLICE * PREPARE_PLANES / BLOCKS));
+        let inside = known_or(all, own < units);
+        let col = if comptime!(all) { own } else { u32::min(own, units - 1) };
         Slice { block: plane % blocks, slice, lane, col, inside }
     }
 
