@@ -20,7 +20,7 @@ pub struct Strides {
 impl Strides {
     /// The offset of channel 0 at `(row, t, head)`.
     pub(crate) fn at(&self, row: usize, t: usize, head: usize) -> usize {
-        product(row, self.b) + product(t, self.t) + product(head, self.h)
+        row * self.b as usize + t * self.t as usize + head * self.h as usize
     }
 }
 
@@ -41,15 +41,8 @@ pub struct StateStrides {
 impl StateStrides {
     /// The offset of value channel 0 at `(n, head, key)`.
     pub(crate) fn row(&self, n: usize, head: usize, key: usize) -> usize {
-        product(n, self.n) + product(head, self.h) + product(key, self.k)
+        n * self.n as usize + head * self.h as usize + key * self.k as usize
     }
-}
-
-/// `i` times a stride. No index of a row, token or head needs more than 32 bits, and the compiler cannot know: it would
-/// multiply by halves.
-#[cube]
-fn product(i: usize, stride: u32) -> usize {
-    (i as u32) as usize * stride as usize
 }
 
 /// One sequence, as the table lists it: `[row, first token, tokens, first chunk]` each.

@@ -70,7 +70,7 @@ pub(crate) fn fetch_chunks<F: Float>(
             &mut parcel,
             tile,
             factors,
-            (next as u32 % comptime!(bp.stages() as u32)) as usize,
+            next % comptime!(bp.stages()),
             q,
             k,
             v,

@@ -111,12 +111,11 @@ pub fn forward<F: Float, B: Float, G: Float>(
     #[comptime] bp: Blueprint,
     #[define(F, B, G)] _types: [StorageType; 3],
 ) {
-    // 32 bits, in which division is fast: no device holds the states of more cubes.
-    let tiles = comptime!(bp.value_tiles() as u32);
+    let tiles = comptime!(bp.value_tiles());
     let first = if comptime!(bp.pass == Pass::Transfer) { sequences } else { 0u32.runtime() };
     let end = if comptime!(bp.pass == Pass::Whole) { sequences } else { segments };
-    let cube = CUBE_POS as u32 + first * heads * tiles;
-    if cube >= end * heads * tiles {
+    let cube = CUBE_POS + (first * heads) as usize * tiles;
+    if cube >= (end * heads) as usize * tiles {
         terminate!();
     }
     let place = place_of_cube(table, cube, tokens, heads, group, bp);
@@ -144,7 +143,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
         }
         for c in 0..place.chunks {
             sync_cube();
-            let at_stage = (c as u32 % comptime!(stages as u32)) as usize;
+            let at_stage = c % stages;
             let from = Target::of_stage(at_stage, bp);
             let to = outputs + c % 2 * chunk_outputs;
             let base = at_stage * stage;
@@ -212,7 +211,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
                     &mut parcel,
                     &mut tile,
                     &mut factors,
-                    (after as u32 % comptime!(stages as u32)) as usize,
+                    after % stages,
                     q,
                     k,
                     v,
@@ -230,7 +229,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
                 if next > groups {
                     store_chunk::<F>(&tile, o, &o_at, &place, next - groups - 1, unit, bp);
                 }
-                let at_stage = (next as u32 % comptime!(stages as u32)) as usize;
+                let at_stage = next % stages;
                 let products = multiply_keys::<F>(&mma, &tile, at_stage * stage, block, lane, bp);
                 if comptime!(groups > 1) {
                     sync_cube();
@@ -255,7 +254,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
                     &mut parcel,
                     &mut tile,
                     &mut factors,
-                    (after as u32 % comptime!(stages as u32)) as usize,
+                    after % stages,
                     q,
                     k,
                     v,

@@ -33,7 +33,7 @@ fn place_of_record(
         (chunk / (chunks / sequences)) as usize
     };
     let place = place_of(table, n, hv, 0usize, tokens, heads, group, bp);
-    (place, (chunk - place.seq.first_chunk as u32) as usize)
+    (place, chunk as usize - place.seq.first_chunk)
 }
 
 /// Prepares every chunk where there is one gate per head, or none: a record of blocks, and one of factors, for each chunk

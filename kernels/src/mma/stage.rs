@@ -37,8 +37,9 @@ pub(crate) fn sequence_of(
     if comptime!(packed) {
         sequence(table, n)
     } else {
-        let chunks = (tokens * comptime!(micro_steps as u32)).div_ceil(comptime!(CHUNK as u32));
-        Sequence { row: n, start: 0usize, tokens: tokens as usize, first_chunk: (n as u32 * chunks) as usize }
+        let tokens = tokens as usize;
+        let chunks = (tokens * micro_steps).div_ceil(CHUNK);
+        Sequence { row: n, start: 0usize, tokens, first_chunk: n * chunks }
     }
 }
 
@@ -55,11 +56,11 @@ pub(crate) fn place_of(
     #[comptime] bp: Blueprint,
 ) -> Place {
     let seq = sequence_of(table, n, tokens, bp.packed, bp.spec.micro_steps);
-    let steps = (seq.tokens as u32 * comptime!(bp.spec.micro_steps as u32)) as usize;
+    let steps = seq.tokens * comptime!(bp.spec.micro_steps);
     Place {
         seq,
         n,
-        h: (hv as u32 / group) as usize,
+        h: hv / group as usize,
         hv,
         heads: heads as usize,
         v0,
@@ -72,17 +73,16 @@ pub(crate) fn place_of(
 #[cube]
 pub(crate) fn place_of_cube(
     table: &Array<u32>,
-    cube: u32,
+    cube: usize,
     tokens: u32,
     heads: u32,
     group: u32,
     #[comptime] bp: Blueprint,
 ) -> Place {
-    let tiles = comptime!(bp.value_tiles() as u32);
-    let n = (cube / (tiles * heads)) as usize;
-    let hv = (cube / tiles % heads) as usize;
-    let v0 = (cube % tiles * comptime!(bp.value_tile as u32)) as usize;
-    place_of(table, n, hv, v0, tokens, heads, group, bp)
+    let tiles = comptime!(bp.value_tiles());
+    let n = cube / (tiles * heads as usize);
+    let hv = cube / tiles % heads as usize;
+    place_of(table, n, hv, cube % tiles * bp.value_tile, tokens, heads, group, bp)
 }
 
 /// Strides of the inputs that are staged.

@@ -67,18 +67,17 @@ pub fn sweep<F: Float>(
     #[comptime] bp: Blueprint,
     #[define(F)] _type: StorageType,
 ) {
-    let each = sequences * heads * comptime!(bp.value_tiles() as u32);
-    let cube = CUBE_POS as u32;
-    if cube >= 2 * each {
+    let tiles = comptime!(bp.value_tiles());
+    let each = (sequences * heads) as usize * tiles;
+    if CUBE_POS >= 2 * each {
         terminate!();
     }
-    let backwards = cube < each;
-    let place = place_of_cube(table, select(backwards, cube, cube - each), tokens, heads, group, bp);
+    let place = place_of_cube(table, CUBE_POS % each, tokens, heads, group, bp);
     let replay = comptime!(bp.directed(Pass::Replay, bp.spec.has_initial_state));
     let unwind = comptime!(bp.directed(Pass::Unwind, has_d_final_state));
     let mut tile = Tile::<F>::new_aligned(comptime!(bp.sweep_memory()), 128usize);
     let mut factors = new_factors(comptime!(bp.stages()), unwind);
-    if backwards {
+    if CUBE_POS < each {
         walk::<F>(
             q,
             k,
