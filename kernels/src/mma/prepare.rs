@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{BLOCK_UNITS, Blueprint, PREPARE_PLANES};
-use super::channel::{Partial, Slice, leave_levels, leave_rows, read_share};
+use super::channel::{Partial, SEEN_UNITS, Slice, leave_levels, leave_rows, read_share};
 use super::chunk::{Target, finish, finish_all, gates_of};
 use super::gates::{Raw, read_beta, read_gates};
 use super::gram::products_of_chunk;
@@ -125,7 +125,8 @@ pub fn prepare_by_channel<F: Float, B: Float, G: Float>(
     }
     let (place, c) = place_of_record(table, id, tokens, sequences, chunks, heads, group, bp);
     let strides = StagedStrides { q: q_at, k: k_at, v: k_at };
-    let mut tile = Tile::<F>::new_aligned(comptime!(bp.prepared_blocks() + 64 * bp.slices()), 128usize);
+    let mut tile =
+        Tile::<F>::new_aligned(comptime!(bp.prepared_blocks() + SEEN_UNITS * bp.slices()), 128usize);
     let mut factors = new_factors(1usize, bp);
     let mut leaves = new_leaves(1usize);
     let mut partial = Partial::new(bp);

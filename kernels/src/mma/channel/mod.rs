@@ -42,6 +42,8 @@ const ROWS: usize = 2;
 const PAIRS: usize = 4;
 /// Steps of a product over the channels of a slice.
 const STEPS: usize = SLICE / TILE;
+/// Units of 16 bytes in which the first tile leaves a slice of its keys for the second.
+pub(crate) const SEEN_UNITS: usize = 32 * STEPS;
 
 /// The part of a chunk that a plane takes, and that of a unit in it. 32 bits, known to be few: then constants become part
 /// of addresses.
@@ -227,7 +229,7 @@ fn multiply<F: Float>(mma: &Mma<F>, left: &Frag<F>, right: &Frag<F>, sums: &mut 
 #[cube]
 fn seen_keys(at: Slice, #[comptime] step: usize, #[comptime] bp: Blueprint) -> usize {
     let first = comptime!((bp.prepared_blocks() + 32 * step) as u32);
-    (first + at.slice * comptime!(32 * STEPS as u32) + at.lane) as usize
+    (first + at.slice * comptime!(SEEN_UNITS as u32) + at.lane) as usize
 }
 
 /// Where tile `block` of rows leaves its decay of the unit's pair `p` of channels.

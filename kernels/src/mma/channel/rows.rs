@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::super::blueprint::{BLOCKS, Blueprint, CHANNELS_AT, CHUNK};
 use super::super::gram::{over_row, square};
-use super::super::tile::{Frag, Mma, Tile, V2, V8, as_right, pack, unpack, zeros};
+use super::super::tile::{Mma, Tile, V2, V8, as_right, pack, unpack, zeros};
 use super::{PAIRS, Partial, ROWS, STEPS, Share, Slice, multiply, of_step, scaled, seen_keys, whole_at};
 
 /// The last level: leaves the second tile's products with the first one's keys; the squares of norms, if asked for; the
@@ -77,13 +77,18 @@ fn decayed_row<F: Float>(
     by: &Array<Vector<f32, V2>>,
     #[comptime] r: usize,
 ) -> Vector<F, V8> {
-    let mut f = Frag::<F>::new(PAIRS);
+    pack::<F>(&scaled::<F>(&of_row(x, r), &of_row(by, r), 0usize, false))
+}
+
+/// The pairs of row `r`.
+#[cube]
+fn of_row<T: CubePrimitive>(x: &Array<T>, #[comptime] r: usize) -> Array<T> {
+    let mut y = Array::<T>::new(PAIRS);
     #[unroll]
     for p in 0..PAIRS {
-        let i = comptime!(PAIRS * r + p);
-        f[p] = Vector::cast_from(Vector::<f32, V2>::cast_from(x[i]) * by[i]);
+        y[p] = x[comptime!(PAIRS * r + p)];
     }
-    pack::<F>(&f)
+    y
 }
 
 /// The squares of the norms of a unit's rows, all channels of the slice.
