@@ -160,7 +160,7 @@ impl Blueprint {
     /// The same for a pass over the state. In the backward the state is stored behind them, and what is asked for later waits
     /// for that.
     pub(crate) fn reads_ahead(&self) -> usize {
-        if self.pass.is_backward() { 3 * AHEAD / 2 } else { AHEAD }
+        if self.pass.is_backward() { 2 * AHEAD } else { AHEAD }
     }
 
     /// All of a pass over the state.

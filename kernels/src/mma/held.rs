@@ -251,18 +251,16 @@ pub(crate) fn send_for_rows<F: Float>(
 }
 
 /// $S^T \leftarrow S^T + A^T B$ for `blocks` tiles of rows B of keys or queries; of A there are `blocks` tiles
-/// for each one held, and as many of its `rest` if there are `two` parts.
+/// for each one held.
 #[cube]
 pub(crate) fn add_rows<F: Float>(
     mma: &Mma<F>,
     tile: &Tile<F>,
     state: &mut Sequence<Acc>,
     left: &Sequence<Frag<F>>,
-    rest: &Sequence<Frag<F>>,
     right: &mut Sequence<Frag<F>>,
     rows: usize,
     #[comptime] blocks: usize,
-    #[comptime] two: bool,
     #[comptime] bp: Blueprint,
 ) {
     let total = comptime!(blocks * bp.key_steps());
@@ -277,9 +275,6 @@ pub(crate) fn add_rows<F: Float>(
             let b = right.index(i);
             let first = comptime!(2 * step);
             mma2::<F>(mma, left, j, blocks, b, state, first, comptime!(2 * bp.key_steps()), bp.held);
-            if comptime!(two) {
-                mma2::<F>(mma, rest, j, blocks, b, state, first, comptime!(2 * bp.key_steps()), bp.held);
-            }
         }
     }
 }

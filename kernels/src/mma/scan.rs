@@ -159,7 +159,7 @@ fn update<F: Float>(
             left.push(to_frag::<F>(n.index(i), n.index(comptime!(i + 1))));
         }
     }
-    add_rows::<F>(mma, tile, state, &left, &left, &mut right, keys, BLOCKS, false, bp);
+    add_rows::<F>(mma, tile, state, &left, &mut right, keys, BLOCKS, bp);
 }
 
 /// One chunk: writes its outputs, if there are any, and takes the state to its end.

@@ -184,7 +184,7 @@ fn walk<F: Float>(
                 keep_state::<F>(&reading.left, kept, slot, place, at, bp);
             }
             if comptime!(bp.pass == Pass::Unwind) {
-                unwind_chunk::<F>(&mma, tile, factors, &mut state, reading, base, to, from, at, bp);
+                unwind_chunk::<F>(&mma, tile, factors, &mut state, reading, base, to, from, c == 0, at, bp);
             } else {
                 scan_chunk::<F>(&mma, tile, factors, &mut state, reading, base, to, from, at, bp);
             }

@@ -18,8 +18,7 @@ use super::held::{
 };
 use super::state::Lane;
 use super::tile::{
-    Acc, Frag, Mma, Tile, V2, by_columns, by_depth, in_block, in_parts, load, mma2, scale_columns, to_frag,
-    zeros,
+    Acc, Frag, Mma, Tile, V2, by_columns, by_depth, in_block, load, mma2, scale_columns, to_frag, zeros,
 };
 use crate::spec::Decay;
 
@@ -47,7 +46,36 @@ fn output_gradients<F: Float>(
     frags
 }
 
-/// Multiplies the depth of a left operand by the factors of tile `j`; the product in two parts.
+/// $dS \leftarrow dS + (e^G Q)^T dO$, with the products of dO and its factors rounded; or, if it is asked for, with what
+/// rounding has left of them.
+#[cube]
+fn add_output_gradients<F: Float>(
+    mma: &Mma<F>,
+    tile: &Tile<F>,
+    factors: &SharedMemory<f32>,
+    d_state: &mut Sequence<Acc>,
+    d_o: &Sequence<Frag<F>>,
+    queries: usize,
+    from: Target,
+    at: Lane,
+    #[comptime] rest: bool,
+    #[comptime] bp: Blueprint,
+) {
+    #[unroll]
+    for r in 0..comptime!(bp.read_blocks()) {
+        let rows = queries + comptime!(r * TILE * bp.key_row());
+        let mut right = send_for_rows::<F>(mma, tile, rows, 1usize, bp);
+        let mut left = Sequence::<Frag<F>>::new();
+        #[unroll]
+        for m in 0..comptime!(bp.held) {
+            let f = d_o.index(comptime!(m * bp.read_blocks() + r));
+            left.push(scale_depth::<F>(f, factors, from.factors + READ_AT, r, at.lane, rest));
+        }
+        add_rows::<F>(mma, tile, d_state, &left, &mut right, rows, 1usize, bp);
+    }
+}
+
+/// Multiplies the depth of a left operand by the factors of tile `j`: the product rounded, or its rest.
 #[cube]
 fn scale_depth<F: Float>(
     f: &Frag<F>,
@@ -55,18 +83,25 @@ fn scale_depth<F: Float>(
     at: usize,
     #[comptime] j: usize,
     lane: usize,
-) -> (Frag<F>, Frag<F>) {
-    let mut x = Array::<Vector<f32, V2>>::new(4usize);
+    #[comptime] rest: bool,
+) -> Frag<F> {
+    let mut y = Frag::<F>::new(4usize);
     #[unroll]
     for half in 0..2usize {
         let by = factor_pair(factors, at, comptime!(2 * j + half), lane);
         #[unroll]
         for e in 0..2usize {
             let i = comptime!(2 * half + e);
-            x[i] = Vector::<f32, V2>::cast_from(f[i]) * by;
+            let x = Vector::<f32, V2>::cast_from(f[i]) * by;
+            let rounded = Vector::<F, V2>::cast_from(x);
+            y[i] = if comptime!(rest) {
+                Vector::cast_from(x - Vector::<f32, V2>::cast_from(rounded))
+            } else {
+                rounded
+            };
         }
     }
-    in_parts::<F>(&x)
+    y
 }
 
 /// Tile `j` of tokens of `x`, as left operands for each tile held.
@@ -122,7 +157,7 @@ fn value_gradients<F: Float>(
     store_rows_of::<F>(mma, tile, dv, j, per, outputs, at, bp);
 }
 
-/// One chunk, backwards: writes its dV and takes the gradient of the state to its beginning.
+/// One chunk, backwards: writes its dV and takes the gradient of the state to its beginning. `first`: of its sequence.
 #[cube]
 pub(crate) fn unwind_chunk<F: Float>(
     mma: &Mma<F>,
@@ -133,6 +168,7 @@ pub(crate) fn unwind_chunk<F: Float>(
     base: usize,
     outputs: usize,
     from: Target,
+    first: bool,
     at: Lane,
     #[comptime] bp: Blueprint,
 ) {
@@ -147,22 +183,7 @@ pub(crate) fn unwind_chunk<F: Float>(
     value_gradients::<F>(mma, tile, factors, &mut dn, &mut dv, &d_o, outputs, from, at, last, bp);
 
     // Work that does not wait for the rest of dV.
-    #[unroll]
-    for r in 0..comptime!(bp.read_blocks()) {
-        let rows = queries + comptime!(r * TILE * bp.key_row());
-        let mut right = send_for_rows::<F>(mma, tile, rows, 1usize, bp);
-        // The output gradients come exact; what their factor takes from them would be the largest error of all.
-        let mut left = Sequence::<Frag<F>>::new();
-        let mut rest = Sequence::<Frag<F>>::new();
-        #[unroll]
-        for m in 0..comptime!(bp.held) {
-            let f = d_o.index(comptime!(m * bp.read_blocks() + r));
-            let (first, second) = scale_depth::<F>(f, factors, from.factors + READ_AT, r, at.lane);
-            left.push(first);
-            rest.push(second);
-        }
-        add_rows::<F>(mma, tile, d_state, &left, &rest, &mut right, rows, 1usize, true, bp);
-    }
+    add_output_gradients::<F>(mma, tile, factors, d_state, &d_o, queries, from, at, false, bp);
 
     #[unroll]
     for down in 1..BLOCKS {
@@ -170,6 +191,13 @@ pub(crate) fn unwind_chunk<F: Float>(
         value_gradients::<F>(mma, tile, factors, &mut dn, &mut dv, &d_o, outputs, from, at, j, bp);
     }
     erase::<F>(mma, tile, factors, d_state, &mut dv, keys, from, at, bp);
+
+    // No decay and no key will ever touch what the first chunk adds: rounded, that would be most of the error of the initial
+    // state's gradient.
+    if first {
+        let d_o = output_gradients::<F>(mma, tile, base, at, bp);
+        add_output_gradients::<F>(mma, tile, factors, d_state, &d_o, queries, from, at, true, bp);
+    }
 }
 
 /// $dS \leftarrow dS - (e^G K)^T dV$. Consumes dV.
@@ -201,5 +229,5 @@ fn erase<F: Float>(
             left.push(to_frag::<F>(dv.index(n), dv.index(comptime!(n + 1))));
         }
     }
-    add_rows::<F>(mma, tile, d_state, &left, &left, &mut right, keys, BLOCKS, false, bp);
+    add_rows::<F>(mma, tile, d_state, &left, &mut right, keys, BLOCKS, bp);
 }
