@@ -107,6 +107,11 @@ impl Blueprint {
         self.rows().div_ceil(self.value_tile)
     }
 
+    /// Whether every plane that holds rows has all of its own.
+    pub(crate) fn tiles_are_whole(&self) -> bool {
+        self.rows().is_multiple_of(self.value_tile)
+    }
+
     /// The same for one direction of `sweep`.
     pub(crate) fn directed(&self, pass: Pass, has_initial_state: bool) -> Self {
         Self { pass, spec: Spec { has_initial_state, ..self.spec }, ..*self }

@@ -5,6 +5,7 @@ use cubecl::prelude::*;
 use super::blueprint::{BLOCK_UNITS, Blueprint, Pass, TILE};
 use super::stage::Place;
 use super::tile::{Acc, Frag, V2, V8, pack, zeros};
+use crate::known::known_or;
 use crate::record::StateStrides;
 
 /// A plane's place in its cube.
@@ -64,7 +65,7 @@ pub(crate) fn load_state(
             #[unroll]
             for e in 0..2usize {
                 let mut first = part.origin + comptime!(2 * m + e) * part.values;
-                if part.value + comptime!(16 * m + 8 * e) < bp.rows() {
+                if known_or(bp.tiles_are_whole(), part.value + comptime!(16 * m + 8 * e) < bp.rows()) {
                     #[unroll]
                     for n in 0..comptime!(2 * bp.key_steps()) {
                         let mut x = Vector::<f32, V2>::cast_from(from[first]);
@@ -115,7 +116,7 @@ pub(crate) fn keep_state<F: Float>(
     let first = place.v0 / TILE + unit.plane * comptime!(bp.held);
     #[unroll]
     for m in 0..comptime!(bp.held) {
-        if first + m < comptime!(bp.spec.value_dim / TILE) {
+        if known_or(bp.tiles_are_whole(), first + m < comptime!(bp.spec.value_dim / TILE)) {
             let row = slot + (first + m) * comptime!(bp.key_steps() * BLOCK_UNITS) + unit.lane;
             #[unroll]
             for step in 0..steps {
@@ -142,7 +143,7 @@ pub(crate) fn store_state(
         #[unroll]
         for e in 0..2usize {
             let mut first = part.origin + comptime!(2 * m + e) * part.values;
-            if part.value + comptime!(16 * m + 8 * e) < bp.rows() {
+            if known_or(bp.tiles_are_whole(), part.value + comptime!(16 * m + 8 * e) < bp.rows()) {
                 #[unroll]
                 for n in 0..comptime!(2 * bp.key_steps()) {
                     let acc = state.index(comptime!(2 * m * bp.key_steps() + n));
