@@ -61,54 +61,41 @@ fn leading(x: Vector<f32, V2>) -> Vector<f32, V2> {
     y
 }
 
-/// A left operand as two, of which the second holds what the first leaves. The first is cut off, not rounded: nothing
-/// has to be converted back to find the second.
+/// Two neighbouring accumulators as two left operands, of which the second holds what the first leaves. The first is cut
+/// off, not rounded: nothing has to be converted back to find the second.
 #[cube]
-pub(crate) fn in_parts<F: Float>(x: &Array<Vector<f32, V2>>) -> (Frag<F>, Frag<F>) {
+pub(crate) fn to_parts<F: Float>(lo: &Acc, hi: &Acc) -> (Frag<F>, Frag<F>) {
     let mut first = Frag::<F>::new(4usize);
     let mut rest = Frag::<F>::new(4usize);
     #[unroll]
     for i in 0..4usize {
-        let y = leading(x[i]);
+        let x = if comptime!(i < 2) { lo[i] } else { hi[comptime!(i - 2)] };
+        let y = leading(x);
         first[i] = Vector::cast_from(y);
-        rest[i] = Vector::cast_from(x[i] - y);
+        rest[i] = Vector::cast_from(x - y);
     }
     (first, rest)
 }
 
-/// Two neighbouring accumulators as a left operand in two parts.
-#[cube]
-pub(crate) fn to_parts<F: Float>(lo: &Acc, hi: &Acc) -> (Frag<F>, Frag<F>) {
-    let mut x = Array::<Vector<f32, V2>>::new(4usize);
-    x[0] = lo[0];
-    x[1] = lo[1];
-    x[2] = hi[0];
-    x[3] = hi[1];
-    in_parts::<F>(&x)
-}
-
-/// A unit's part of an operand as 16 bytes.
+/// A unit's part of an operand as 16 bytes. By words: a pair at a time, which nothing has to take apart.
 #[cube]
 pub(crate) fn pack<F: Float>(f: &Frag<F>) -> Vector<F, V8> {
-    let mut x = Vector::<F, V8>::cast_from(0.0f32);
+    let mut x = Vector::<u32, V4>::cast_from(0u32);
     #[unroll]
     for i in 0..4usize {
-        let pair = f[i];
-        x[comptime!(2 * i)] = pair[0];
-        x[comptime!(2 * i + 1)] = pair[1];
+        x[i] = u32::reinterpret(f[i]);
     }
-    x
+    Vector::reinterpret(x)
 }
 
 /// The reverse of [`pack`].
 #[cube]
 pub(crate) fn unpack<F: Float>(x: Vector<F, V8>) -> Frag<F> {
+    let words = Vector::<u32, V4>::reinterpret(x);
     let mut f = Frag::<F>::new(4usize);
     #[unroll]
     for i in 0..4usize {
-        let mut pair = Vector::<F, V2>::cast_from(x[comptime!(2 * i)]);
-        pair[1] = x[comptime!(2 * i + 1)];
-        f[i] = pair;
+        f[i] = Vector::reinterpret(words[i]);
     }
     f
 }
@@ -124,12 +111,12 @@ pub(crate) fn as_right<F: Float>(left: &Frag<F>) -> Frag<F> {
     f
 }
 
-/// Half `h` of a pair of right operands.
+/// The second of a pair of right operands. The first needs no copy: an instruction takes what it needs from the front.
 #[cube]
-pub(crate) fn half_frag<F: Float>(f: &Frag<F>, #[comptime] h: usize) -> Frag<F> {
+pub(crate) fn second<F: Float>(f: &Frag<F>) -> Frag<F> {
     let mut b = Frag::<F>::new(2usize);
-    b[0] = f[comptime!(2 * h)];
-    b[1] = f[comptime!(2 * h + 1)];
+    b[0] = f[2];
+    b[1] = f[3];
     b
 }
 
@@ -172,16 +159,15 @@ pub(crate) fn mma2<F: Float>(
     #[comptime] held: usize,
 ) {
     #[unroll]
-    for h in 0..2usize {
-        let right = half_frag::<F>(b, h);
-        #[unroll]
-        for m in 0..held {
-            mma.execute_inplace(
-                a.index(m * a_stride + a_first),
-                &right,
-                acc.index_mut(comptime!(m * stride + first + h)),
-            );
-        }
+    for m in 0..held {
+        let to = acc.index_mut(comptime!(m * stride + first));
+        mma.execute_inplace(a.index(m * a_stride + a_first), b, to);
+    }
+    let b = second::<F>(b);
+    #[unroll]
+    for m in 0..held {
+        let to = acc.index_mut(comptime!(m * stride + first + 1));
+        mma.execute_inplace(a.index(m * a_stride + a_first), &b, to);
     }
 }
 
