@@ -30,47 +30,43 @@ pub(crate) fn fetch_chunks<F: Float>(
     let Fetcher { group, unit, .. } = fetcher;
     let groups = comptime!(bp.groups);
     let mut parcel = new_parcel(bp);
-    #[unroll]
-    for i in 0..2usize {
-        let c = group + comptime!(i * bp.groups);
-        exchange::<F>(
-            &mut parcel,
-            tile,
-            factors,
-            group,
-            q,
-            k,
-            v,
-            records,
-            record_factors,
-            strides,
-            place,
-            c,
-            unit,
-            comptime!(i > 0),
-            true,
-            bp,
-        );
-    }
-    sync_cube();
-    if group > 0 {
-        sync_cube();
-    }
-    // Chunk `next` is there when the barrier at the end is passed.
-    let mut next = group;
-    while next <= place.chunks {
-        if next > groups {
-            store_chunk::<F>(tile, out, out_at, place, next - groups - 1, unit, bp);
+    exchange::<F>(
+        &mut parcel,
+        tile,
+        factors,
+        group,
+        q,
+        k,
+        v,
+        records,
+        record_factors,
+        strides,
+        place,
+        group,
+        unit,
+        false,
+        true,
+        bp,
+    );
+    let turn = comptime!(bp.groups as i32);
+    // Chunk `next` is there when the barrier at the end is passed. A group's first turn, which has nothing to store yet, is one
+    // of the loop with no chunk before its own: what is written twice the first call compiles twice.
+    let mut next = group as i32 - turn;
+    while next <= place.chunks as i32 {
+        if next > turn {
+            store_chunk::<F>(tile, out, out_at, place, (next - turn - 1) as usize, unit, bp);
         }
         if comptime!(groups > 1) {
-            sync_cube();
+            if next >= 0 {
+                sync_cube();
+            }
         }
-        next += groups;
+        next += turn;
         exchange::<F>(
             &mut parcel,
             tile,
             factors,
-            next % comptime!(bp.stages()),
+            next as usize % comptime!(bp.stages()),
             q,
             k,
             v,
@@ -78,14 +74,20 @@ pub(crate) fn fetch_chunks<F: Float>(
             record_factors,
             strides,
             place,
-            next + groups,
+            (next + turn) as usize,
             unit,
             true,
             true,
             bp,
         );
         sync_cube();
+        if comptime!(groups > 1) {
+            if next > 0 && next < turn {
+                sync_cube();
+            }
+        }
     }
+    let next = next as usize;
     store_last::<F>(tile, out, out_at, place, next, fetcher, bp);
 }
 
