@@ -78,11 +78,21 @@ pub(crate) fn leave_pairs<F: Float>(
     #[comptime] bp: GradientsBlueprint,
 ) {
     let planes = comptime!(bp.units() / 32);
-    #[unroll]
-    for round in 0..comptime!(bp.pairs().div_ceil(bp.units() / 32)) {
-        let pair = plane + comptime!(round * planes);
-        if pair < comptime!(bp.pairs()) {
+    if comptime!(bp.spec.key_dim > 64) {
+        // A loop that stays one takes 8 registers too many for two cubes.
+        #[unroll]
+        for round in 0..comptime!(bp.pairs().div_ceil(bp.units() / 32)) {
+            let pair = plane + comptime!(round * planes);
+            if pair < comptime!(bp.pairs()) {
+                leave_pair::<F>(mma, tile, floats, reads, scale, pair, lane, bp);
+            }
+        }
+    } else {
+        // Small cubes have more rounds, and the first call compiles them all; unrolled, DeltaNet spills at times.
+        let mut pair = plane;
+        while pair < comptime!(bp.pairs()) {
             leave_pair::<F>(mma, tile, floats, reads, scale, pair, lane, bp);
+            pair += planes;
         }
     }
 }
