@@ -7,6 +7,7 @@ use super::parcel::{exchange, new_parcel};
 use super::planes::Fetcher;
 use super::stage::{Place, StagedStrides, least, store_rows, turn};
 use super::tile::{Tile, V8};
+use crate::known::known_and;
 use crate::record::Strides;
 
 /// Fetches the chunks of the cube's sequence, one after the other or every second one, and stores what the scan leaves of
@@ -28,7 +29,6 @@ pub(crate) fn fetch_chunks<F: Float>(
     #[comptime] bp: Blueprint,
 ) {
     let Fetcher { group, unit, .. } = fetcher;
-    let groups = comptime!(bp.groups);
     let mut parcel = new_parcel(bp);
     exchange::<F>(
         &mut parcel,
@@ -56,10 +56,8 @@ pub(crate) fn fetch_chunks<F: Float>(
         if next > turn {
             store_chunk::<F>(tile, out, out_at, place, (next - turn - 1) as usize, unit, bp);
         }
-        if comptime!(groups > 1) {
-            if next >= 0 {
-                sync_cube();
-            }
+        if known_and(bp.groups > 1, next >= 0) {
+            sync_cube();
         }
         next += turn;
         exchange::<F>(
@@ -81,10 +79,8 @@ pub(crate) fn fetch_chunks<F: Float>(
             bp,
         );
         sync_cube();
-        if comptime!(groups > 1) {
-            if next > 0 && next < turn {
-                sync_cube();
-            }
+        if known_and(bp.groups > 1, next > 0 && next < turn) {
+            sync_cube();
         }
     }
     let next = next as usize;
