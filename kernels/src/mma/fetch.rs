@@ -48,18 +48,18 @@ pub(crate) fn fetch_chunks<F: Float>(
         true,
         bp,
     );
-    let turn = comptime!(bp.groups as i32);
+    let groups = comptime!(bp.groups as i32);
     // Chunk `next` is there when the barrier at the end is passed. A group's first turn, which has nothing to store yet, is one
     // of the loop with no chunk before its own: what is written twice the first call compiles twice.
-    let mut next = group as i32 - turn;
+    let mut next = group as i32 - groups;
     while next <= place.chunks as i32 {
-        if next > turn {
-            store_chunk::<F>(tile, out, out_at, place, (next - turn - 1) as usize, unit, bp);
+        if next > groups {
+            store_chunk::<F>(tile, out, out_at, place, (next - groups - 1) as usize, unit, bp);
         }
         if known_and(bp.groups > 1, next >= 0) {
             sync_cube();
         }
-        next += turn;
+        next += groups;
         exchange::<F>(
             &mut parcel,
             tile,
@@ -72,14 +72,14 @@ pub(crate) fn fetch_chunks<F: Float>(
             record_factors,
             strides,
             place,
-            (next + turn) as usize,
+            (next + groups) as usize,
             unit,
             true,
             true,
             bp,
         );
         sync_cube();
-        if known_and(bp.groups > 1, next > 0 && next < turn) {
+        if known_and(bp.groups > 1, next > 0 && next < groups) {
             sync_cube();
         }
     }

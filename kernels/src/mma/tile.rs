@@ -113,7 +113,7 @@ pub(crate) fn as_right<F: Float>(left: &Frag<F>) -> Frag<F> {
 
 /// The second of a pair of right operands. The first needs no copy: an instruction takes what it needs from the front.
 #[cube]
-pub(crate) fn second<F: Float>(f: &Frag<F>) -> Frag<F> {
+pub(crate) fn second_half<F: Float>(f: &Frag<F>) -> Frag<F> {
     let mut b = Frag::<F>::new(2usize);
     b[0] = f[2];
     b[1] = f[3];
@@ -163,7 +163,7 @@ pub(crate) fn mma2<F: Float>(
         let to = acc.index_mut(comptime!(m * stride + first));
         mma.execute_inplace(a.index(m * a_stride + a_first), b, to);
     }
-    let b = second::<F>(b);
+    let b = second_half::<F>(b);
     #[unroll]
     for m in 0..held {
         let to = acc.index_mut(comptime!(m * stride + first + 1));

@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 
 use super::super::blueprint::{BLOCKS, Blueprint};
-use super::super::tile::{Acc, Frag, Mma, Tile, V2, as_right, pack, second, zeros};
+use super::super::tile::{Acc, Frag, Mma, Tile, V2, as_right, pack, second_half, zeros};
 use super::{PAIRS, Partial, ROWS, STEPS, Share, Slice, multiply, of_step, scaled, seen_keys, whole_at};
 
 /// All levels but the last: leaves the tile's products of keys, and of queries, with keys, and its decay; and of the first
@@ -30,7 +30,7 @@ pub(crate) fn leave_levels<F: Float>(
         let right = as_right(&k);
         mma.execute_inplace(&scaled::<F>(&k, &by, 1usize, true), &right, keys.index_mut(0usize));
         mma.execute_inplace(&scaled::<F>(&q, &by, 1usize, false), &right, queries.index_mut(0usize));
-        mma.execute_inplace(&q, &second::<F>(&right), queries.index_mut(1usize));
+        mma.execute_inplace(&q, &second_half::<F>(&right), queries.index_mut(1usize));
     }
     #[unroll]
     for p in 0..PAIRS {

@@ -30,7 +30,7 @@ use cubecl::prelude::*;
 
 use super::blueprint::{BLOCKS, Blueprint, CHUNK, PREPARE_PLANES, SLICE, TILE};
 use super::stage::{Place, Source, StagedStrides, keys_of, queries_of};
-use super::tile::{Acc, Frag, Mma, V2, V4, V8, second, unpack};
+use super::tile::{Acc, Frag, Mma, V2, V4, V8, second_half, unpack};
 use crate::known::known_or;
 use crate::math::{decay_of, gate_constants};
 use crate::record::Strides;
@@ -220,7 +220,7 @@ fn scaled<F: Float>(
 #[cube]
 fn multiply<F: Float>(mma: &Mma<F>, left: &Frag<F>, right: &Frag<F>, sums: &mut Sequence<Acc>) {
     mma.execute_inplace(left, right, sums.index_mut(0usize));
-    mma.execute_inplace(left, &second::<F>(right), sums.index_mut(1usize));
+    mma.execute_inplace(left, &second_half::<F>(right), sums.index_mut(1usize));
 }
 
 /// Where the first tile leaves the keys that the second sees.
