@@ -46,7 +46,7 @@ fn wgpu_agrees() {
         Ok(client) => client,
         Err(e) => {
             assert!(std::env::var_os("CI").is_none(), "CI needs a wgpu device: {e}");
-            eprintln!("SKIPPED: {e}");
+            common::skipped(e);
             return;
         }
     };

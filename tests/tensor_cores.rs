@@ -21,7 +21,7 @@ const MILD_ERROR: f64 = 5e-3;
 const NEGATIVE_ERROR: f64 = 1.5e-2;
 
 fn open() -> Option<ComputeClient<CudaRuntime>> {
-    client::<CudaRuntime>(&Default::default()).inspect_err(|e| eprintln!("SKIPPED: {e}")).ok()
+    client::<CudaRuntime>(&Default::default()).inspect_err(|e| sample::skipped(e)).ok()
 }
 
 fn check(what: &str, sample: &mut Sample, dtype: HostDType, options: &Options, tolerance: f64) {

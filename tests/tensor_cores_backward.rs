@@ -25,7 +25,7 @@ const MILD_ERROR: f64 = 7e-3;
 const NEGATIVE_ERROR: f64 = 2e-2;
 
 fn open() -> Option<ComputeClient<CudaRuntime>> {
-    client::<CudaRuntime>(&Default::default()).inspect_err(|e| eprintln!("SKIPPED: {e}")).ok()
+    client::<CudaRuntime>(&Default::default()).inspect_err(|e| sample::skipped(e)).ok()
 }
 
 fn check(

@@ -15,7 +15,7 @@ use delta_rule_offline::{OfflineCuda, emulate};
 fn no_error_exceeds_that_of_fla() {
     if std::process::Command::new("g++").arg("--version").output().is_err() {
         assert!(std::env::var_os("CI").is_none(), "CI needs g++");
-        eprintln!("SKIPPED: there is no g++");
+        common::skipped("there is no g++");
         return;
     }
     emulate(false);

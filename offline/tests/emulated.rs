@@ -29,7 +29,7 @@ fn run(what: &str, sample: &mut Sample, options: &Options, tolerance: f64) -> Ou
 fn kernels_are_right_without_a_gpu() {
     if std::process::Command::new("g++").arg("--version").output().is_err() {
         assert!(std::env::var_os("CI").is_none(), "CI needs g++");
-        eprintln!("SKIPPED: there is no g++");
+        sample::skipped("there is no g++");
         return;
     }
     emulate(false);

@@ -43,7 +43,7 @@ fn run_in_both_orders(what: &str, sample: &mut Sample, options: &Options, tolera
 fn kernels_are_right_without_a_gpu() {
     if std::process::Command::new("g++").arg("--version").output().is_err() {
         assert!(std::env::var_os("CI").is_none(), "CI needs g++");
-        eprintln!("SKIPPED: there is no g++");
+        sample::skipped("there is no g++");
         return;
     }
     emulate(false);

@@ -50,7 +50,7 @@ fn check(what: &str, sample: &mut Sample, dtype: HostDType, options: &Options) -
 fn a_split_costs_no_precision() {
     if std::process::Command::new("g++").arg("--version").output().is_err() {
         assert!(std::env::var_os("CI").is_none(), "CI needs g++");
-        eprintln!("SKIPPED: there is no g++");
+        sample::skipped("there is no g++");
         return;
     }
     emulate(false);

@@ -5,9 +5,11 @@
 
 pub(crate) mod case;
 mod select;
+mod skip;
 mod tensors;
 
 pub(crate) use select::{Axis, select};
+pub(crate) use skip::skipped;
 pub(crate) use tensors::{Generator, Tensors};
 
 use delta_rule::{Decay, Gradients, Problem, Real, Rule, Shape};

@@ -177,7 +177,7 @@ fn half_precision() {
     on_every_device!(client, {
         for dtype in [HostDType::F16, HostDType::Bf16] {
             if !client.properties().supports_type(dtype.storage_type()) {
-                eprintln!("SKIPPED: this device has no {dtype:?}");
+                crate::sample::skipped(format_args!("this device has no {dtype:?}"));
                 continue;
             }
             // The portable kernels, also where there are tensor cores, which take neither this chunk size nor these

@@ -16,14 +16,14 @@ macro_rules! on_every_device {
 
 pub(crate) fn open<R: Runtime>(name: &str, in_ci: bool) -> Option<ComputeClient<R>> {
     if std::env::var("DELTA_RULE_DEVICE").is_ok_and(|only| only != name) {
-        eprintln!("SKIPPED on {name}: DELTA_RULE_DEVICE names another");
+        crate::sample::skipped(format_args!("{name}: DELTA_RULE_DEVICE names another"));
         return None;
     }
     match client::<R>(&Default::default()) {
         Ok(client) => Some(client),
         Err(e) => {
             assert!(!in_ci || std::env::var_os("CI").is_none(), "CI needs a {name} device: {e}");
-            eprintln!("SKIPPED on {name}: {e}");
+            crate::sample::skipped(format_args!("{name}: {e}"));
             None
         }
     }

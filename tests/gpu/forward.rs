@@ -151,7 +151,7 @@ fn half_precision() {
     on_every_device!(client, {
         for dtype in [HostDType::F16, HostDType::Bf16] {
             if !client.properties().supports_type(dtype.storage_type()) {
-                eprintln!("SKIPPED: this device has no {dtype:?}");
+                crate::sample::skipped(format_args!("this device has no {dtype:?}"));
                 continue;
             }
             let problem = Problem::new(Rule::kda(), shape(1, 70, [1, 1], [64, 64])).unwrap();

@@ -1,6 +1,11 @@
 //! Random problems and the one measure of error.
 
-#![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
+
+#[path = "../common/skip.rs"]
+mod skip;
+
+pub(crate) use skip::skipped;
 
 use delta_rule::{
     Decay, Gradients, Ident, Inputs, Options, Output, OutputGradients, Problem, Real, Rule, Shape, reference,

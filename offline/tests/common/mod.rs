@@ -2,12 +2,16 @@
 
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+#[path = "../../../tests/common/skip.rs"]
+mod skip;
+
 use cubecl::ir::StorageType;
 use cubecl::prelude::*;
 use delta_rule::gpu::{DTypes, DeviceInputs, DeviceOutputGradients, backward, forward};
 use delta_rule::{Decay, GateTransform, Ident, Options, Problem, Rule, Shape};
 use delta_rule_offline::{Generated, OfflineCuda, compile, take_generated, toolchain};
 use rayon::prelude::*;
+use skip::skipped;
 
 pub(crate) const RULES: [Rule; 5] = [
     Rule::deltanet(),
@@ -111,7 +115,7 @@ pub(crate) fn compile_with_spills(most: u32) -> Option<Vec<Generated>> {
             std::env::var_os("CI").is_none(),
             "CI needs NVRTC and ptxas: set CUDA_PATH and LD_LIBRARY_PATH"
         );
-        eprintln!("SKIPPED: no NVRTC and ptxas under CUDA_PATH");
+        skipped("no NVRTC and ptxas under CUDA_PATH");
         return None;
     };
     let mut failures = Vec::new();
