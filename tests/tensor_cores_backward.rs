@@ -79,10 +79,18 @@ fn every_rule_with_many_heads_and_few() {
 #[test]
 fn head_dimensions_and_f16() {
     let rule = Rule::gated_deltanet();
-    for (batch, dims) in [(1, [16, 48]), (70, [80, 112]), (70, [96, 96]), (1, [144, 16])] {
+    for (batch, dims) in
+        [(1, [16, 48]), (70, [80, 112]), (70, [96, 96]), (1, [144, 16]), (1, [192, 256]), (40, [256, 80])]
+    {
         let problem = Problem::new(rule, shape(batch, 70, [1, 2], dims)).unwrap();
         let mut sample = Sample::new(problem, MILD, 4);
         check(&format!("B = {batch}, {dims:?}"), &mut sample, HostDType::Bf16, &Options::new(), MILD_ERROR);
+    }
+    for rule in [Rule::deltanet(), Rule::delta_product(2), Rule::gated_delta_product(3)] {
+        let problem = Problem::new(rule, shape(1, 135, [1, 2], [256, 256])).unwrap();
+        let mut sample = Sample::new(problem, NEGATIVE, 10);
+        let what = format!("{rule:?}, K = V = 256");
+        check(&what, &mut sample, HostDType::Bf16, &Options::new(), NEGATIVE_ERROR);
     }
     for rule in RULES {
         let problem = Problem::new(rule, shape(1, 103, [1, 1], [128, 64])).unwrap();

@@ -1,13 +1,17 @@
-//! The forward or the backward on large shapes, as `docs/performance.md` lists them: bf16 data, f32 states, one line each.
+//! The forward or the backward on large shapes, as `docs/performance.md` lists them: bf16 data unless a line says f16, f32
+//! states, one line each.
 
 use std::time::Instant;
 
 use delta_rule::cubecl::cuda::CudaRuntime;
 use delta_rule::cubecl::future::block_on;
+use delta_rule::cubecl::ir::StorageType;
 use delta_rule::cubecl::prelude::*;
 use delta_rule::cubecl::std::tensor::TensorHandle;
 use delta_rule::gpu::{DTypes, DeviceInputs, DeviceOutputGradients, backward, client, forward, forward_into};
 use delta_rule::{Decay, Ident, Options, Problem, Rule, Shape};
+
+use half::{bf16, f16};
 
 use super::Pass;
 
@@ -21,6 +25,7 @@ struct Case {
     shape: [usize; 5],
     gates: Gates,
     packed: usize,
+    f16: bool,
     /// What flash-linear-attention 0.6.0 (Triton 3.7.1) takes on the same kind of chip, replayed from a CUDA graph,
     /// in ms; at B = 4 from its time per token-head.
     fla: Option<f64>,
@@ -34,7 +39,7 @@ enum Gates {
 
 fn backward_cases() -> Vec<Case> {
     let d = |b, t, h| [b, t, h, 128, 128];
-    let case = |rule, shape, fla| Case { rule, shape, gates: Gates::Weak, packed: 0, fla };
+    let case = |rule, shape, fla| Case { rule, shape, gates: Gates::Weak, packed: 0, f16: false, fla };
     let mut out = Vec::new();
     for (rule, wide, long, narrow) in [
         ("deltanet", 1.94, 7.76, None),
@@ -48,13 +53,16 @@ fn backward_cases() -> Vec<Case> {
     }
     out.push(case("gated_deltanet", [8, 2048, 32, 64, 64], None));
     out.push(case("gated_deltanet", [8, 2048, 32, 96, 96], None));
+    out.push(case("gated_deltanet", [4, 2048, 32, 192, 192], None));
+    out.push(case("gated_deltanet", [4, 2048, 32, 256, 256], None));
     out.push(Case { packed: 8, ..case("gated_deltanet", d(1, 16384, 32), None) });
     out.push(Case { gates: Gates::Zero, ..case("gated_deltanet", d(8, 2048, 32), None) });
+    out.push(Case { f16: true, ..case("gated_deltanet", d(8, 2048, 32), None) });
     out
 }
 
 fn cases() -> Vec<Case> {
-    let case = |rule, shape, fla| Case { rule, shape, gates: Gates::Weak, packed: 0, fla };
+    let case = |rule, shape, fla| Case { rule, shape, gates: Gates::Weak, packed: 0, f16: false, fla };
     let d = |b, t, h| [b, t, h, 128, 128];
     let mut out = Vec::new();
     for (rule, short, long) in [
@@ -85,6 +93,9 @@ fn cases() -> Vec<Case> {
     for n in [8, 32] {
         out.push(Case { packed: n, ..case("gated_deltanet", d(1, 16384, 32), None) });
     }
+    for rule in ["gated_deltanet", "kda"] {
+        out.push(Case { f16: true, ..case(rule, d(8, 2048, 32), None) });
+    }
     out
 }
 
@@ -101,7 +112,7 @@ fn rule_of(name: &str) -> Rule {
 fn random(
     client: &ComputeClient<CudaRuntime>,
     shape: Vec<usize>,
-    bf16: bool,
+    dtype: StorageType,
     f: impl Fn(f64) -> f64,
 ) -> TensorHandle<CudaRuntime> {
     let mut seed = shape.len() as u64;
@@ -111,19 +122,19 @@ fn random(
     };
     let len: usize = shape.iter().product();
     let block: Vec<f32> = (0..(1 << 16).min(len)).map(|_| next() as f32).collect();
-    let bytes: Vec<u8> = if bf16 {
-        block.iter().flat_map(|&x| half::bf16::from_f32(x).to_ne_bytes()).collect()
+    let bytes: Vec<u8> = if dtype == type_of::<bf16>() {
+        block.iter().flat_map(|&x| bf16::from_f32(x).to_ne_bytes()).collect()
+    } else if dtype == type_of::<f16>() {
+        block.iter().flat_map(|&x| f16::from_f32(x).to_ne_bytes()).collect()
     } else {
         block.iter().flat_map(|x| x.to_ne_bytes()).collect()
     };
-    let size = len * if bf16 { 2 } else { 4 };
-    let data: Vec<u8> = bytes.iter().copied().cycle().take(size).collect();
-    let dtype = if bf16 { bf16_type() } else { f32::as_type_native_unchecked().storage_type() };
+    let data: Vec<u8> = bytes.iter().copied().cycle().take(len * dtype.size()).collect();
     TensorHandle::new_contiguous(shape, client.create_from_slice(&data), dtype)
 }
 
-fn bf16_type() -> delta_rule::cubecl::ir::StorageType {
-    half::bf16::as_type_native_unchecked().storage_type()
+fn type_of<F: Float>() -> StorageType {
+    F::as_type_native_unchecked().storage_type()
 }
 
 /// Times the cases that all filters match: each a part of a rule's name or of the shape as printed.
@@ -139,7 +150,8 @@ pub(crate) fn run(filters: &[String], pass: Pass) {
     for case in if pass == Pass::Forward { cases() } else { backward_cases() } {
         let [batch, tokens, heads, key_dim, value_dim] = case.shape;
         let packed = if case.packed > 0 { format!("{}:", case.packed) } else { String::new() };
-        let label = format!("{packed}{batch} x {tokens} x {heads} x {key_dim} x {value_dim}");
+        let half = if case.f16 { "f16 " } else { "" };
+        let label = format!("{half}{packed}{batch} x {tokens} x {heads} x {key_dim} x {value_dim}");
         if !filters.iter().all(|f| case.rule.contains(f) || label.contains(f)) {
             continue;
         }
@@ -150,15 +162,17 @@ pub(crate) fn run(filters: &[String], pass: Pass) {
             problem = problem.with_cu_seqlens(&cut).expect("valid offsets");
         }
         let width = (3.0 / key_dim as f64).sqrt();
-        let new = |ident, bf16, f: &dyn Fn(f64) -> f64| random(&client, problem.shape_of(ident), bf16, f);
+        let data = if case.f16 { type_of::<f16>() } else { type_of::<bf16>() };
+        let f32 = type_of::<f32>();
+        let new = |ident, dtype, f: &dyn Fn(f64) -> f64| random(&client, problem.shape_of(ident), dtype, f);
         let unit = |x: f64| width * (2.0 * x - 1.0);
-        let (q, k) = (new(Ident::Q, true, &unit), new(Ident::K, true, &unit));
-        let v = new(Ident::V, true, &|x| 2.0 * x - 1.0);
-        let beta = new(Ident::Beta, false, &|x| x);
+        let (q, k) = (new(Ident::Q, data, &unit), new(Ident::K, data, &unit));
+        let v = new(Ident::V, data, &|x| 2.0 * x - 1.0);
+        let beta = new(Ident::Beta, f32, &|x| x);
         // log sigmoid of a spread-out variable, over 16.
         let weak = |x: f64| -(1.0 + (3.0 - 6.0 * x).exp()).ln() / 16.0;
         let gate = |x: f64| if case.gates == Gates::Weak { weak(x) } else { 0.0 };
-        let g = (problem.rule().decay != Decay::None).then(|| new(Ident::G, false, &gate));
+        let g = (problem.rule().decay != Decay::None).then(|| new(Ident::G, f32, &gate));
         let inputs = || DeviceInputs {
             g: g.clone().map(|g| g.binding()),
             ..DeviceInputs::new(
@@ -168,14 +182,14 @@ pub(crate) fn run(filters: &[String], pass: Pass) {
                 beta.clone().binding(),
             )
         };
-        let (options, dtypes) = (Options::new(), DTypes::mixed(bf16_type()));
+        let (options, dtypes) = (Options::new(), DTypes::mixed(data));
         block_on(client.sync()).expect("the device works");
         let start = Instant::now();
         let out = forward(&client, &problem, &options, inputs(), dtypes).expect("a valid call");
         block_on(client.sync()).expect("the device works");
         let mut first = start.elapsed().as_secs_f64();
         // The gradients of o are like v.
-        let upstream = new(Ident::O, true, &|x| 2.0 * x - 1.0);
+        let upstream = new(Ident::O, data, &|x| 2.0 * x - 1.0);
         let call = |n: usize| {
             let start = Instant::now();
             for _ in 0..n {

@@ -102,6 +102,12 @@ fn kernels_are_right_without_a_gpu() {
         }
         run(&format!("{rule:?}, fused"), &mut sample, &options, NEGATIVE_ERROR);
     }
+    // More than 128 key channels: cubes of `gradients` with 10 and 16 planes, one group of planes that fetches.
+    for (rule, dims) in [(Rule::gated_deltanet(), [160, 32]), (Rule::delta_product(2), [256, 48])] {
+        let problem = Problem::new(rule, shape(1, 70, [1, 2], dims)).unwrap();
+        let mut sample = Sample::new(problem, MILD, 11);
+        run(&format!("{rule:?}, {dims:?}"), &mut sample, &Options::new(), MILD_ERROR);
+    }
     let kernels = take_generated();
     assert!(kernels.iter().any(|k| k.name.starts_with("gradients")));
     assert!(kernels.iter().all(|k| !k.name.starts_with("scan")), "a portable kernel ran");

@@ -37,6 +37,13 @@ fn backward_kernels_compile_without_spills() {
         call(Rule::gated_deltanet(), heads, [128, 128], bf16_type(), &softplus);
         call(Rule::kda(), heads, [128, 128], bf16_type(), &softplus);
     }
+    // States of more than 128 key channels.
+    for dims in [[192, 192], [256, 256]] {
+        for heads in [256, 2] {
+            call(Rule::deltanet(), heads, dims, bf16_type(), &plain);
+            call(Rule::gated_delta_product(2), heads, dims, bf16_type(), &softplus);
+        }
+    }
     check(compile_all(), calls);
 
     // Of other dimensions `ptxas` may spill a few bytes, by its own choice: it has registers left.
@@ -47,5 +54,8 @@ fn backward_kernels_compile_without_spills() {
         }
         generate(Way::Backward, Rule::kda(), 2, dims, bf16_type(), &softplus);
     }
-    check(compile_with_spills(32), 3 * others.len());
+    for dims in [[192, 192], [256, 256]] {
+        generate(Way::Backward, Rule::gated_deltanet(), 256, dims, f16_type(), &fused);
+    }
+    check(compile_with_spills(32), 3 * others.len() + 2);
 }

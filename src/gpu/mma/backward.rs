@@ -62,9 +62,11 @@ fn sweep_blueprints(spec: Spec, packed: bool) -> impl Iterator<Item = Blueprint>
     tiles.dedup();
     tiles.into_iter().map(move |value_tile| {
         // Tiles narrower than a head mean few heads: nothing hides how long device memory takes, unless two groups fetch
-        // in turn. With gates per channel, where a chunk is half as much again to fetch, this gained nothing.
+        // in turn. With gates per channel, where a chunk is half as much again to fetch, this gained nothing; longer rows of a
+        // state leave no registers for the planes of a second group.
         let narrow = value_tile <= 64 && value_tile < spec.value_dim;
-        let groups = if narrow && spec.decay != kernels::Decay::Channel { 2 } else { 1 };
+        let two = narrow && spec.decay != kernels::Decay::Channel && spec.key_dim <= 128;
+        let groups = if two { 2 } else { 1 };
         Blueprint { spec, value_tile, held: 1, groups, packed, prepared: true, pass: Pass::Unwind }
     })
 }

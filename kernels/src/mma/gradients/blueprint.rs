@@ -54,10 +54,13 @@ fn seen(i: usize, n: usize) -> usize {
 }
 
 impl GradientsBlueprint {
-    /// The blueprint for a spec, if there is one: a state whose gradient fits into registers beside what a chunk of
-    /// `sweep` needs, and with gates per channel one micro-step per token.
+    /// The blueprint for a spec, if there is one: `sweep` holds 16 rows of a state's gradient in the registers of a plane,
+    /// and with gates per channel a cube has a unit for each channel of a tile, and micro-steps are tokens.
     pub fn new(spec: Spec, packed: bool) -> Option<Self> {
-        let fits = spec.key_dim <= 128 && (spec.decay != Decay::Channel || spec.micro_steps == 1);
+        let fits = match spec.decay {
+            Decay::None | Decay::Head => spec.key_dim <= 256,
+            Decay::Channel => spec.key_dim <= 128 && spec.micro_steps == 1,
+        };
         fits.then_some(Self { spec, packed })
     }
 

@@ -93,9 +93,10 @@ impl Reading {
     pub(crate) const STATES: Self = Self { ahead: 1, d_ahead: 0 };
     pub(crate) const D_STATES: Self = Self { ahead: 0, d_ahead: 1 };
 
-    /// S and dS at a time, as far ahead as two cubes have registers for. Of small cubes `ptxas` gives units fewer.
+    /// S and dS at a time, as far ahead as there are registers for: of small cubes `ptxas` gives units fewer, and cubes of
+    /// more than 12 planes have fewer.
     pub(crate) fn both(bp: GradientsBlueprint) -> Self {
-        let ahead = if bp.spec.key_dim <= 64 { 1 } else { 2 };
+        let ahead = if matches!(bp.planes(), 5..=12) { 2 } else { 1 };
         Self { ahead, d_ahead: ahead }
     }
 
