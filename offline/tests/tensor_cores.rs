@@ -47,7 +47,7 @@ fn tensor_core_kernels_compile_without_spills() {
         split(Rule::gated_deltanet(), 16384, 2, dims, bf16_type());
     }
     if let Some(kernels) = compile_all() {
-        let named = |name: &str| kernels.iter().filter(|k| k.name.starts_with(name)).count();
+        let named = |name: &str| kernels.iter().filter(|(k, _)| k.name.starts_with(name)).count();
         assert_eq!(named("forward"), calls + 2 * splits);
         assert_eq!(named("combine"), splits);
         assert_eq!(named("forward") + named("prepare") + named("combine"), kernels.len());

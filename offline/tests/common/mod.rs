@@ -9,7 +9,7 @@ use cubecl::ir::StorageType;
 use cubecl::prelude::*;
 use delta_rule::gpu::{DTypes, DeviceInputs, DeviceOutputGradients, backward, forward};
 use delta_rule::{Decay, GateTransform, Ident, Options, Problem, Rule, Shape};
-use delta_rule_offline::{Generated, OfflineCuda, compile, take_generated, toolchain};
+use delta_rule_offline::{Compiled, Generated, OfflineCuda, compile, take_generated, toolchain};
 use rayon::prelude::*;
 use skip::skipped;
 
@@ -103,12 +103,12 @@ pub(crate) fn generate_for(
 
 /// Compiles all that was generated since the last call: nothing may spill. `None`, said aloud, without a
 /// toolchain.
-pub(crate) fn compile_all() -> Option<Vec<Generated>> {
+pub(crate) fn compile_all() -> Option<Vec<(Generated, Compiled)>> {
     compile_with_spills(0)
 }
 
 /// The same where `ptxas` may choose to spill so many bytes, for room for one more cube on a multiprocessor.
-pub(crate) fn compile_with_spills(most: u32) -> Option<Vec<Generated>> {
+pub(crate) fn compile_with_spills(most: u32) -> Option<Vec<(Generated, Compiled)>> {
     let kernels = take_generated();
     let Some(root) = toolchain() else {
         assert!(
@@ -119,9 +119,10 @@ pub(crate) fn compile_with_spills(most: u32) -> Option<Vec<Generated>> {
         return None;
     };
     let mut failures = Vec::new();
-    let compiled: Vec<_> = kernels.par_iter().map(|kernel| compile(&root, kernel)).collect();
-    for (kernel, compiled) in kernels.iter().zip(compiled) {
-        match compiled {
+    let results: Vec<_> = kernels.par_iter().map(|kernel| compile(&root, kernel)).collect();
+    let mut compiled = Vec::new();
+    for (kernel, result) in kernels.into_iter().zip(results) {
+        match result {
             Ok(c) => {
                 println!(
                     "{:40} units {:4} registers {:3} spills {:4} stack {:4} shared {:6}",
@@ -130,10 +131,11 @@ pub(crate) fn compile_with_spills(most: u32) -> Option<Vec<Generated>> {
                 if c.spills > most || c.stack > most {
                     failures.push(format!("{} spills {} bytes, stack {}", kernel.name, c.spills, c.stack));
                 }
+                compiled.push((kernel, c));
             }
             Err(e) => failures.push(e),
         }
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
-    Some(kernels)
+    Some(compiled)
 }

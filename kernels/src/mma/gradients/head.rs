@@ -99,7 +99,8 @@ pub(crate) fn gradients_by_head<F: Float, B: Float, G: Float>(
         let mut dq = zeros(comptime!(2 * bp.reads_of(pass).tiles));
         let mut e = zeros(comptime!(2 * rows.tiles));
         let mut h = zeros(comptime!(2 * rows.tiles));
-        let reading = comptime!(if together { Reading::both(bp) } else { Reading::STATES });
+        let data = storage_type_of::<F>();
+        let reading = comptime!(if together { Reading::both(bp, data) } else { Reading::STATES });
         let product = read_states::<F>(
             &mma, &tile, states, d_states, column, &mut dq, &mut e, &mut h, own, reading, pass, bp,
         );

@@ -3,6 +3,7 @@
 //! Planes share no channel, so that each reads its part of the states from device memory itself. It lies as left
 //! operands lie in registers, tile by tile of $S^T$; a product with the identity turns a tile into a right operand.
 
+use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
 
 use super::super::blueprint::{BLOCK_UNITS, TILE};
@@ -94,10 +95,11 @@ impl Reading {
     pub(crate) const D_STATES: Self = Self { ahead: 0, d_ahead: 1 };
 
     /// S and dS at a time, as far ahead as there are registers for: of small cubes `ptxas` gives units fewer, and cubes of
-    /// more than 12 planes have fewer.
-    pub(crate) fn both(bp: GradientsBlueprint) -> Self {
+    /// more than 12 planes have fewer. With gates f16 needs some more than bf16.
+    pub(crate) fn both(bp: GradientsBlueprint, data: StorageType) -> Self {
         let ahead = if matches!(bp.planes(), 5..=12) { 2 } else { 1 };
-        Self { ahead, d_ahead: ahead }
+        let is_f16 = data == StorageType::Scalar(ElemType::Float(FloatKind::F16));
+        Self { ahead, d_ahead: if is_f16 && bp.splits_pairs() { 1 } else { ahead } }
     }
 
     /// Steps of a round: after as many, tiles lie in the same registers again.
@@ -147,15 +149,17 @@ pub(crate) fn read_states<F: Float>(
             let step = round * round_steps + comptime!(i as u32);
             if known_or(reading.round() == 1, step < from.steps) {
                 let rows = own.value_rows + 2 * step as usize;
+                let place = comptime!(i % reading.ahead.max(1));
+                let d_place = comptime!(i % reading.d_ahead.max(1));
                 if comptime!(reading.multiplies(pass, bp)) {
                     let mut left = Sequence::<Frag<F>>::new();
-                    left.push(unpack::<F>(Vector::reinterpret(next[i])));
-                    let right = as_right::<F>(&unpack::<F>(Vector::reinterpret(d_next[i])));
+                    left.push(unpack::<F>(Vector::reinterpret(next[place])));
+                    let right = as_right::<F>(&unpack::<F>(Vector::reinterpret(d_next[d_place])));
                     mma2::<F>(mma, &left, 0usize, 0usize, &right, &mut products, 0usize, 0usize, 1usize);
                 }
                 if comptime!(reading.ahead > 0) {
-                    let right = turned::<F>(mma, &identity, Vector::reinterpret(next[i]));
-                    next[i] = from.words::<F>(states, step + comptime!(reading.ahead as u32), bp);
+                    let right = turned::<F>(mma, &identity, Vector::reinterpret(next[place]));
+                    next[place] = from.words::<F>(states, step + comptime!(reading.ahead as u32), bp);
                     sync_plane();
                     let reads = comptime!(bp.reads_of(pass));
                     add_product::<F>(mma, tile, dq, rows + comptime!(bp.d_o_at()), &right, reads, bp);
@@ -163,8 +167,8 @@ pub(crate) fn read_states<F: Float>(
                     add_product::<F>(mma, tile, e, rows + comptime!(bp.dv_at()), &right, steps, bp);
                 }
                 if comptime!(reading.d_ahead > 0) {
-                    let right = turned::<F>(mma, &identity, Vector::reinterpret(d_next[i]));
-                    d_next[i] = from.words::<F>(d_states, step + comptime!(reading.d_ahead as u32), bp);
+                    let right = turned::<F>(mma, &identity, Vector::reinterpret(d_next[d_place]));
+                    d_next[d_place] = from.words::<F>(d_states, step + comptime!(reading.d_ahead as u32), bp);
                     sync_plane();
                     let steps = comptime!(bp.steps_of(pass));
                     add_product::<F>(mma, tile, h, rows + comptime!(bp.r_at()), &right, steps, bp);
