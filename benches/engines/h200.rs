@@ -93,6 +93,12 @@ fn cases() -> Vec<Case> {
     for n in [8, 32] {
         out.push(Case { packed: n, ..case("gated_deltanet", d(1, 16384, 32), None) });
     }
+    for (rule, some, many) in
+        [("deltanet", 0.0982, 0.3708), ("gated_deltanet", 0.0986, 0.3705), ("kda", 0.0759, 0.3005)]
+    {
+        out.push(case(rule, d(64, 1, 32), Some(some)));
+        out.push(case(rule, d(256, 1, 32), Some(many)));
+    }
     for rule in ["gated_deltanet", "kda"] {
         out.push(Case { f16: true, ..case(rule, d(8, 2048, 32), None) });
     }
@@ -173,7 +179,10 @@ pub(crate) fn run(filters: &[String], pass: Pass) {
         let weak = |x: f64| -(1.0 + (3.0 - 6.0 * x).exp()).ln() / 16.0;
         let gate = |x: f64| if case.gates == Gates::Weak { weak(x) } else { 0.0 };
         let g = (problem.rule().decay != Decay::None).then(|| new(Ident::G, f32, &gate));
+        // Decoding begins with a state; long calls are timed without.
+        let initial_state = (tokens == 1).then(|| new(Ident::InitialState, f32, &|x| 2.0 * x - 1.0));
         let inputs = || DeviceInputs {
+            initial_state: initial_state.clone().map(|s| s.binding()),
             g: g.clone().map(|g| g.binding()),
             ..DeviceInputs::new(
                 q.clone().binding(),
@@ -226,7 +235,8 @@ pub(crate) fn run(filters: &[String], pass: Pass) {
                     + 4 * problem.len_of(Ident::FinalState)
             }
             _ => {
-                let states = 4 * problem.len_of(Ident::FinalState);
+                let states =
+                    if initial_state.is_some() { 2 } else { 1 } * 4 * problem.len_of(Ident::FinalState);
                 2 * elements(&[Ident::Q, Ident::K, Ident::V, Ident::O]) + gates + states
             }
         };

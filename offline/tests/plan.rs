@@ -7,7 +7,8 @@ use delta_rule::{Options, Rule};
 use delta_rule_offline::take_generated;
 
 #[test]
-fn long_sequences_of_few_heads_are_split() {
+fn long_sequences_of_few_heads_are_split_and_short_ones_taken_step_by_step() {
+    let steps = ["scan"].as_slice();
     let one = ["forward"].as_slice();
     let prepared = ["prepare", "forward"].as_slice();
     let split = ["prepare", "forward", "combine", "forward"].as_slice();
@@ -27,6 +28,11 @@ fn long_sequences_of_few_heads_are_split() {
         (Rule::kda(), 32768, 8, 128, split),
         (Rule::gated_delta_product(3), 8192, 4, 128, split),
         (Rule::gated_deltanet(), 8192, 1, 256, split),
+        (Rule::gated_deltanet(), 4, 256, 128, steps),
+        (Rule::gated_deltanet(), 5, 256, 128, one),
+        (Rule::kda(), 1, 2, 128, steps),
+        (Rule::gated_delta_product(3), 1, 2, 128, steps),
+        (Rule::gated_delta_product(3), 2, 256, 128, one),
     ] {
         generate_for(Way::Forward, rule, tokens, heads, [dim, dim], bf16_type(), &Options::new());
         let kernels = take_generated();

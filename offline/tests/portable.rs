@@ -28,7 +28,6 @@ fn portable_kernels_compile_without_spills() {
         generate(way, Rule::gated_deltanet(), 2, [96, 32], f32_type(), &softplus);
     }
     if let Some(kernels) = compile_all() {
-        // Two of a forward; five of a backward, and one more with a gate formula.
         // One of a forward; four of a backward, and one more with a gate formula.
         assert_eq!(kernels.len(), RULES.len() * (3 + 3 * 4) + 4 + 4 * 4 + 3);
     }

@@ -90,11 +90,10 @@ pub fn forward_saving<R: Runtime>(
 /// arguments of the gate formula, `a_log`, `dt_bias`, q and k before their norm). The result has the same bits every
 /// time. Nothing is read back or waited for.
 ///
-/// Tensor cores take the calls whose forward they take, up to K = V = 256, with gates per channel up to K = 128 (wider values
-/// only if a block of 64 micro-steps fits into shared memory beside its keys); dq, dk and dv must be rows that can be read 16
-/// bytes at a time, as those of new buffers are. Products are rounded to the data's type before they are multiplied again, so
-/// that a gradient of g, a sum over a whole state, has an error of some $10^{-3}$ of the sums it is the difference of. Scratch
-/// is `2 V + K V / 16 + 113` bytes per micro-step and value head (1.4 KB at
+/// Tensor cores take the calls whose forward they take, short ones too, but with gates per channel only up to K = 128; dq, dk
+/// and dv must be rows that can be read 16 bytes at a time, as those of new buffers are. Products are rounded to the data's
+/// type before they are multiplied again, so that a gradient of g, a sum over a whole state, has an error of some $10^{-3}$
+/// of the sums it is the difference of. Scratch is `2 V + K V / 16 + 113` bytes per micro-step and value head (1.4 KB at
 /// K = V = 128), with gates per channel `6 K + K / 8` more (2.2 KB; with a gate formula another `K / 8`), and where heads
 /// are grouped `4 K`.
 ///

@@ -110,6 +110,14 @@ impl<'a, R: Runtime> Call<'a, R> {
         }
     }
 
+    /// Whether no sequence has more than a few micro-steps, as in decoding: moving the states is all that takes time then. The
+    /// limit was found on an H200 (`docs/performance.md`).
+    pub(super) fn is_short(&self) -> bool {
+        const FEW: usize = 4;
+        let longest = (0..self.problem.sequences()).map(|n| self.problem.sequence(n).len).max();
+        longest.unwrap_or(0) * self.problem.rule().micro_steps <= FEW
+    }
+
     pub(super) fn state_strides(&self, state: Option<&Checked<R>>) -> StateStridesLaunch<R> {
         let s = state.map_or(vec![0; 4], |t| t.strides.clone());
         let (k, v) = match self.options.state_layout {

@@ -14,9 +14,10 @@
 //!   (KDA at K = 128: 900). Long sequences of few heads are split into segments that run at once, in four launches,
 //!   with `4 K (K + V)` bytes more for each segment and value head; records and segments together take at most 1 KiB
 //!   per micro-step and value head, or there is no split.
-//! - **Portable** (every device, every shape): f32, f16 or bf16 data, arithmetic in f32. `Options::chunk_size` of 16
-//!   asks for them. They take a micro-step at a time, with the state in registers: one launch, no scratch. The backward
-//!   is theirs alone for what the tensor cores do not take: see [`backward`](fn@backward).
+//! - **Portable** (every device, every shape): f32, f16 or bf16 data, arithmetic in f32. They take a micro-step at a time, with
+//!   the state in registers: one launch, no scratch. Calls whose sequences have at most four micro-steps, as in decoding, take
+//!   them too, unless `Options::chunk_size` is 32; a `chunk_size` of 16 asks for them. The backward is theirs alone for what
+//!   the tensor cores do not take: see [`backward`](fn@backward).
 //!
 //! The client keeps scratch for the next call until its `memory_cleanup`.
 

@@ -147,6 +147,26 @@ fn both_state_layouts_and_no_state() {
 }
 
 #[test]
+fn decoding() {
+    on_every_device!(client, {
+        for rule in [Rule::gated_deltanet(), Rule::kda(), Rule::delta_product(2)] {
+            // A few heads, and so many that units take more of the state; the value-first state is read element by element.
+            for (heads, tokens, state_layout) in [
+                (2, 1, StateLayout::KeyFirst),
+                (96, 1, StateLayout::KeyFirst),
+                (96, 2, StateLayout::ValueFirst),
+                (96, 5, StateLayout::KeyFirst),
+            ] {
+                let problem = Problem::new(rule, shape(1, tokens, [heads, heads], [128, 128])).unwrap();
+                let options = Options::new().with_state_layout(state_layout);
+                let what = format!("{rule:?}, {heads} heads, T = {tokens}");
+                check(&client, &what, &Sample::new(problem, MILD, 13), &options, 1e-5);
+            }
+        }
+    });
+}
+
+#[test]
 fn half_precision() {
     on_every_device!(client, {
         for dtype in [HostDType::F16, HostDType::Bf16] {
@@ -154,18 +174,22 @@ fn half_precision() {
                 crate::sample::skipped(format_args!("this device has no {dtype:?}"));
                 continue;
             }
-            let problem = Problem::new(Rule::kda(), shape(1, 70, [1, 1], [64, 64])).unwrap();
-            let mut sample = Sample::new(problem, MILD, 12);
-            sample.round(dtype);
-            // The portable kernels, also where there are tensor cores.
-            let options = Options::new().with_chunk_size(16);
-            let got =
-                sample.with_f32(|x| forward_host(&client, dtype, &sample.problem, &options, x)).unwrap();
-            let want = sample.truth(&options);
-            // Only o is rounded to the type; the arithmetic is f32.
-            let tolerance = if dtype == HostDType::F16 { 3e-4 } else { 2.5e-3 };
-            assert!(relative_error(&got.o, &want.o) < tolerance, "{dtype:?}");
-            assert!(relative_error(&got.final_state, &want.final_state) < 1e-5, "{dtype:?}");
+            // The portable kernels, also where there are tensor cores: asked for, and since the call is short.
+            for (tokens, options) in [(70, Options::new().with_chunk_size(16)), (2, Options::new())] {
+                let problem = Problem::new(Rule::kda(), shape(1, tokens, [4, 4], [64, 64])).unwrap();
+                let mut sample = Sample::new(problem, MILD, 12);
+                sample.round(dtype);
+                let got =
+                    sample.with_f32(|x| forward_host(&client, dtype, &sample.problem, &options, x)).unwrap();
+                let want = sample.truth(&options);
+                // Only o is rounded to the type; the arithmetic is f32.
+                let tolerance = if dtype == HostDType::F16 { 3e-4 } else { 2.5e-3 };
+                assert!(relative_error(&got.o, &want.o) < tolerance, "{dtype:?}, T = {tokens}");
+                assert!(
+                    relative_error(&got.final_state, &want.final_state) < 1e-5,
+                    "{dtype:?}, T = {tokens}"
+                );
+            }
         }
     });
 }

@@ -12,7 +12,7 @@ use crate::record::{StateStrides, Strides, sequence, store};
 /// Writes o and the final state. Tensors that the blueprint does not mention may be any buffer; `q` is multiplied by
 /// `scale`. `table` lists the sequences (see `record.rs`).
 #[cube(launch_unchecked)]
-pub fn scan<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size>(
+pub fn scan<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size, S: Size>(
     q: &Array<Vector<F, N>>,
     k: &Array<Vector<F, N>>,
     v: &Array<Vector<F, M>>,
@@ -20,10 +20,10 @@ pub fn scan<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size>(
     g: &Array<G>,
     a_log: &Array<f32>,
     dt_bias: &Array<f32>,
-    initial_state: &Array<f32>,
+    initial_state: &Array<Vector<f32, S>>,
     table: &Array<u32>,
     o: &mut Array<Vector<F, M>>,
-    final_state: &mut Array<f32>,
+    final_state: &mut Array<Vector<f32, S>>,
     q_at: Strides,
     k_at: Strides,
     v_at: Strides,

@@ -51,14 +51,16 @@ pub(crate) struct State<C: Size> {
 
 #[cube]
 impl<C: Size> State<C> {
-    /// Zero where none is `given`, and beyond K and V.
-    pub(crate) fn load(
-        from: &Array<f32>,
+    /// Zero where none is `given`, and beyond K and V. It is read by vectors of as many value channels, if these lie side by
+    /// side, or one by one.
+    pub(crate) fn load<S: Size>(
+        from: &Array<Vector<f32, S>>,
         from_at: StateStrides,
         at: Place,
         #[comptime] given: bool,
         #[comptime] bp: Blueprint,
     ) -> State<C> {
+        let lanes = from.vector_size();
         let mut keys = Array::<Vector<f32, C>>::new(bp.unit_keys);
         #[unroll]
         for r in 0..bp.unit_keys {
@@ -66,10 +68,16 @@ impl<C: Size> State<C> {
             let key = at.part * bp.unit_keys + r;
             if known_and(given, is_key(key, bp)) {
                 let row = from_at.row(at.n, at.hv, key);
-                #[unroll]
-                for e in 0..bp.unit_values {
-                    if is_value(at.channel + e, bp) {
-                        s[e] = from[row + (at.channel + e) * from_at.v as usize];
+                if comptime!(lanes == bp.unit_values) {
+                    if is_value(at.channel, bp) {
+                        s = Vector::cast_from(from[(row + at.channel) / lanes]);
+                    }
+                } else {
+                    #[unroll]
+                    for e in 0..bp.unit_values {
+                        if is_value(at.channel + e, bp) {
+                            s[e] = from[row + (at.channel + e) * from_at.v as usize][0];
+                        }
                     }
                 }
             }
@@ -79,22 +87,30 @@ impl<C: Size> State<C> {
     }
 
     /// The reverse of [`load`](Self::load).
-    pub(crate) fn store(
+    pub(crate) fn store<S: Size>(
         &self,
-        to: &mut Array<f32>,
+        to: &mut Array<Vector<f32, S>>,
         to_at: StateStrides,
         at: Place,
         #[comptime] bp: Blueprint,
     ) {
+        let lanes = to.vector_size();
         #[unroll]
         for r in 0..bp.unit_keys {
             let key = at.part * bp.unit_keys + r;
             if is_key(key, bp) {
                 let row = to_at.row(at.n, at.hv, key);
-                #[unroll]
-                for e in 0..bp.unit_values {
-                    if is_value(at.channel + e, bp) {
-                        to[row + (at.channel + e) * to_at.v as usize] = self.keys[r][e];
+                if comptime!(lanes == bp.unit_values) {
+                    if is_value(at.channel, bp) {
+                        to[(row + at.channel) / lanes] = Vector::cast_from(self.keys[r]);
+                    }
+                } else {
+                    #[unroll]
+                    for e in 0..bp.unit_values {
+                        if is_value(at.channel + e, bp) {
+                            to[row + (at.channel + e) * to_at.v as usize] =
+                                Vector::cast_from(self.keys[r][e]);
+                        }
                     }
                 }
             }

@@ -21,7 +21,7 @@ use crate::record::{Sequence, StateStrides, Strides, sequence, store};
 /// R and dV, and writes the gradients of v and of the initial state. The first half of the cubes goes forwards, the
 /// second backwards.
 #[cube(launch_unchecked)]
-pub fn sweep<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size>(
+pub fn sweep<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size, S: Size>(
     q: &Array<Vector<F, N>>,
     k: &Array<Vector<F, N>>,
     v: &Array<Vector<F, M>>,
@@ -31,11 +31,11 @@ pub fn sweep<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size>(
     dt_bias: &Array<f32>,
     d_o: &Array<Vector<F, M>>,
     scratch: &mut Array<Vector<f32, C>>,
-    initial_state: &Array<f32>,
-    d_final_state: &Array<f32>,
+    initial_state: &Array<Vector<f32, S>>,
+    d_final_state: &Array<Vector<f32, S>>,
     table: &Array<u32>,
     dv: &mut Array<Vector<F, M>>,
-    d_initial_state: &mut Array<f32>,
+    d_initial_state: &mut Array<Vector<f32, S>>,
     q_at: Strides,
     k_at: Strides,
     v_at: Strides,

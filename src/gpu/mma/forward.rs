@@ -15,13 +15,15 @@ pub(in crate::gpu) struct Plan {
     split: Option<Split>,
 }
 
-/// The plan, or nothing where the portable kernels have to do.
+/// The plan, or nothing where the portable kernels have to do, or are faster.
 pub(in crate::gpu) fn plan<R: Runtime>(
     client: &ComputeClient<R>,
     call: &Call<R>,
     outputs: &Outputs<R>,
 ) -> Option<Plan> {
-    if !applies(client, call, &[&outputs.o]) {
+    // A chunk costs the same however little is in it.
+    let short = call.is_short() && call.options.chunk_size.is_none();
+    if short || !applies(client, call, &[&outputs.o]) {
         return None;
     }
     let spec = call.spec();

@@ -103,6 +103,7 @@ impl<R: Runtime> WithRecords<'_, R> {
     fn sweep(&self, from: &Adjoint<R>, to: &Destinations<R>, first_head: usize, heads: usize) {
         let (client, call, bp) = (self.client, self.call, self.bp);
         let sequences = call.problem.sequences();
+        let states = [call.initial_state.as_ref(), from.final_state.as_ref(), Some(&to.initial_state)];
         // Safety: every index lies inside its buffer, as `checked` has found from shapes and strides.
         unsafe {
             sweep::launch_unchecked::<R>(
@@ -112,6 +113,7 @@ impl<R: Runtime> WithRecords<'_, R> {
                 self.vector,
                 self.value_vector(),
                 bp.unit_values,
+                self.state_vector(&states),
                 self.arg(Some(&call.q)),
                 self.arg(Some(&call.k)),
                 self.arg(Some(&call.v)),

@@ -26,6 +26,7 @@ pub(in crate::gpu) fn forward<R: Runtime>(
             on.vector,
             on.value_vector(),
             bp.unit_values,
+            on.state_vector(&[call.initial_state.as_ref(), Some(&outputs.final_state)]),
             on.arg(Some(&call.q)),
             on.arg(Some(&call.k)),
             on.arg(Some(&call.v)),

@@ -13,7 +13,8 @@ use delta_rule_kernels::portable::Blueprint;
 
 use super::call::{Call, Table, array};
 use super::tensors::Checked;
-use crate::{Error, Result};
+use crate::gpu::f32_type;
+use crate::{Error, Result, StateLayout};
 
 /// Units of a cube of `gradients`, whatever the chunk: inside every device's limit, and few enough that none spills.
 const CHUNK_UNITS: usize = 128;
@@ -40,13 +41,15 @@ fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, backward: bo
     let spec = call.spec();
     let hardware = &client.properties().hardware;
     let cuda = hardware.num_streaming_multiprocessors.is_some();
-    let units = if cuda && !backward { FEW_UNITS } else { MANY_UNITS };
+    // States of short sequences move faster through more units that hold less each.
+    let short = call.is_short() && spec.decay != Decay::Channel;
+    let units = if cuda && !backward && !short { FEW_UNITS } else { MANY_UNITS };
     let lanes = call.problem.sequences() * call.problem.shape().value_heads;
     let mut base =
         Blueprint { spec, chunk: 0, unit_keys: 32, unit_values: 0, value_tile: 0, stage: 0, parts: 0 };
     let keys = base.padded_key_dim();
     let full = lanes * spec.value_dim.div_ceil(4) * keys / base.unit_keys >= FULL;
-    if !full {
+    if !full || short {
         base.unit_keys = 16;
     }
     // Only so far are there registers for four value channels and what is on its way.
@@ -111,6 +114,15 @@ impl<'a, R: Runtime> Launches<'a, R> {
     /// The same of v, o and their gradients, as units of `scan` and `sweep` hold only as many value channels.
     fn value_vector(&self) -> usize {
         self.vector.min(self.bp.unit_values)
+    }
+
+    /// The same of states, if their value channels lie side by side.
+    fn state_vector(&self, states: &[Option<&Checked<R>>]) -> usize {
+        let n = self.bp.unit_values;
+        let side_by_side =
+            |t: &&Checked<R>| t.vectorizes(f32_type(), n) && t.strides.last().is_none_or(|&s| s == 1);
+        let value_last = self.call.options.state_layout == StateLayout::KeyFirst;
+        if value_last && states.iter().flatten().all(side_by_side) { n } else { 1 }
     }
 
     fn table(&self) -> ArrayArg<R> {
