@@ -314,6 +314,6 @@ pub(crate) const READ_AT: usize = 2 * CHUNK;
 pub(crate) const DECAY_AT: usize = 3 * CHUNK;
 pub(crate) const CHANNELS_AT: usize = 3 * CHUNK + 4;
 
-/// Pairs of floats in a row of a leaf, one of them padding.
-pub(crate) const LEAF_ROW: usize = TILE / 2 + 1;
+/// Pairs of floats in a row of a leaf, two of them padding: rows are read 16 bytes at a time.
+pub(crate) const LEAF_ROW: usize = TILE / 2 + 2;
 pub(crate) const LEAF_PAIRS: usize = TILE * LEAF_ROW;

@@ -5,15 +5,15 @@ use cubecl::prelude::*;
 use super::blueprint::{BLOCK_UNITS, BLOCKS, Blueprint, ERASE_AT, LEAF_PAIRS, LEAF_ROW, TILE, WRITE_AT};
 use super::chunk::Target;
 use super::gates::Gates;
-use super::tile::{Tile, V2, V8, in_block};
+use super::tile::{Tile, V2, V4, V8, in_block};
 
 /// Scratch for the leaves of as many chunks at a time.
 #[cube]
 pub(crate) fn new_leaves(#[comptime] chunks: usize) -> SharedMemory<Vector<f32, V2>> {
-    SharedMemory::<Vector<f32, V2>>::new(comptime!(chunks * BLOCKS * LEAF_PAIRS))
+    SharedMemory::<Vector<f32, V2>>::new_aligned(comptime!(chunks * BLOCKS * LEAF_PAIRS), 16usize)
 }
 
-/// Leaves row `row` of $\mathrm{diag}(\rho)(I + L)^{-1}\mathrm{diag}(\beta)$, or of the inverse alone, and the factors of
+/// Leaves row `row` of $\mathrm{diag}(\rho\beta)(I + L)^{-1}$, or for the backward of the inverse alone, and the factors of
 /// that micro-step, if this unit `works`.
 #[cube]
 pub(crate) fn leave_inverse<F: Float>(
@@ -37,11 +37,12 @@ pub(crate) fn leave_inverse<F: Float>(
         factors[at + ERASE_AT] = rho * f32::exp(sum);
         factors[at + WRITE_AT] = f32::exp(gates.total - sum);
     }
+    let mut by = rho * plane_shuffle(gates.beta, row as u32);
     if comptime!(backward) {
-        let beta = plane_shuffle(gates.beta, row as u32);
         if works {
-            factors[to.factors + comptime!(bp.betas_at()) + row] = rho * beta;
+            factors[to.factors + comptime!(bp.betas_at()) + row] = by;
         }
+        by = 1.0f32.runtime();
     }
     let at = to.blocks + block * BLOCK_UNITS;
     #[unroll]
@@ -49,13 +50,7 @@ pub(crate) fn leave_inverse<F: Float>(
         let mut x = Vector::<F, V8>::cast_from(0.0f32);
         #[unroll]
         for e in 0..8usize {
-            let j = comptime!(8 * half + e);
-            if comptime!(backward) {
-                x[e] = F::cast_from(t[j]);
-            } else {
-                let b = plane_shuffle(gates.beta, (block * TILE + j) as u32);
-                x[e] = F::cast_from(rho * t[j] * b);
-            }
+            x[e] = F::cast_from(by * t[comptime!(8 * half + e)]);
         }
         if works {
             tile[at + in_block(own, half)] = x;
@@ -66,6 +61,7 @@ pub(crate) fn leave_inverse<F: Float>(
 /// Row `i` of $(I + L)^{-1}$ by substitution from the right: $t_j = \delta_{ij} - \sum_{m>j} t_m L_{mj}$.
 #[cube]
 fn invert_row(leaves: &SharedMemory<Vector<f32, V2>>, leaf: usize, i: usize) -> Array<f32> {
+    let rows = leaves.slice(0usize, leaves.len()).with_vector_size::<V4>();
     let mut t = Array::<f32>::new(TILE);
     #[unroll]
     for j in 0..TILE {
@@ -76,11 +72,14 @@ fn invert_row(leaves: &SharedMemory<Vector<f32, V2>>, leaf: usize, i: usize) -> 
         let m = comptime!(TILE - 1 - down);
         let x = -t[m];
         #[unroll]
-        for pair in 0..comptime!(m.div_ceil(2)) {
-            let l = leaves[leaf + comptime!(m * LEAF_ROW) + pair];
-            t[comptime!(2 * pair)] = fma(x, l[0], t[comptime!(2 * pair)]);
-            if comptime!(2 * pair + 1 < m) {
-                t[comptime!(2 * pair + 1)] = fma(x, l[1], t[comptime!(2 * pair + 1)]);
+        for four in 0..comptime!(m.div_ceil(4)) {
+            let l = rows[leaf / 2 + comptime!(m * LEAF_ROW / 2) + four];
+            #[unroll]
+            for e in 0..4usize {
+                let j = comptime!(4 * four + e);
+                if comptime!(j < m) {
+                    t[j] = fma(x, l[e], t[j]);
+                }
             }
         }
     }
