@@ -10,7 +10,6 @@ use delta_rule::cubecl::prelude::*;
 use delta_rule::cubecl::std::tensor::TensorHandle;
 use delta_rule::gpu::{DTypes, DeviceInputs, DeviceOutputGradients, backward, client, forward, forward_into};
 use delta_rule::{Decay, Ident, Options, Problem, Rule, Shape};
-
 use half::{bf16, f16};
 
 use super::Pass;
@@ -235,8 +234,8 @@ pub(crate) fn run(filters: &[String], pass: Pass) {
                     + 4 * problem.len_of(Ident::FinalState)
             }
             _ => {
-                let states =
-                    if initial_state.is_some() { 2 } else { 1 } * 4 * problem.len_of(Ident::FinalState);
+                let initial = initial_state.as_ref().map_or(0, |_| problem.len_of(Ident::InitialState));
+                let states = 4 * (initial + problem.len_of(Ident::FinalState));
                 2 * elements(&[Ident::Q, Ident::K, Ident::V, Ident::O]) + gates + states
             }
         };
