@@ -276,6 +276,12 @@ impl Blueprint {
         self.factors() - CHUNK
     }
 
+    /// Whether leaves are inverted with beta on their right (`chunk.rs`): fewer shuffles beside a scan, and what the backward
+    /// asks for. In a forward's launch of its own `ptxas` gives too few registers for it, and spills.
+    pub(crate) fn beta_on_the_right(&self) -> bool {
+        self.pass.is_backward() || !self.prepared
+    }
+
     /// Units of a preparing cube.
     pub fn prepare_units(&self) -> usize {
         32 * PREPARE_PLANES

@@ -9,9 +9,10 @@
 //! N_1 = T_1 (V_1 - e^G . K_1 S - E N_0)   E = Gamma . K_1 K_0^T
 //! ```
 //!
-//! so that only 16 x 16 leaves are inverted, and T is never multiplied out. $L_b = A_b\,\mathrm{diag}(\beta)$ has beta on the right,
-//! where columns have it at hand, and $T_b$ its own on the left. The backward wants the residuals themselves, R with
-//! $N = \mathrm{diag}(\rho \beta) R$: $M_b = (I + L_b)^{-1}$ takes the place of $T_b$, and beta becomes a factor.
+//! so that only 16 x 16 leaves are inverted, and T is never multiplied out. $L_b = A_b\,\mathrm{diag}(\beta)$; with beta on the
+//! other side of A, $T_b = \mathrm{diag}(\rho) (I + \mathrm{diag}(\beta) A_b)^{-1} \mathrm{diag}(\beta)$ is the same. The backward wants the
+//! residuals themselves, R with $N = \mathrm{diag}(\rho \beta) R$: $M_b = (I + L_b)^{-1}$ takes the place of $T_b$, and beta becomes a
+//! factor.
 
 use cubecl::prelude::*;
 
@@ -275,7 +276,11 @@ fn leave_products<F: Float>(
     let first = block * TILE;
     let sums = at_rows(gates.sum, first + row, first + row + 8);
 
-    // The leaf on the diagonal: L_ij = beta_j rho_i rho_j Gamma_ij k_i . k_j below it.
+    // The leaf on the diagonal: L_ij = beta_j rho_i rho_j Gamma_ij k_i . k_j below it, or with beta_i.
+    let mut by = norms;
+    if comptime!(!bp.beta_on_the_right()) {
+        by *= at_rows(gates.beta, first + row, first + row + 8);
+    }
     let leaf = to.leaves + block * LEAF_PAIRS;
     #[unroll]
     for n in 0..2usize {
@@ -288,8 +293,10 @@ fn leave_products<F: Float>(
         if comptime!(bp.spec.qk_l2norm) {
             scale_columns(&mut l, rows_at_columns(norms, lane, n));
         }
-        scale_columns(&mut l, at_columns(gates.beta, 2 * block + n, lane));
-        let l = masked(&l, row as i32 - 1, row as i32 + 7, norms, n, lane);
+        if comptime!(bp.beta_on_the_right()) {
+            scale_columns(&mut l, at_columns(gates.beta, 2 * block + n, lane));
+        }
+        let l = masked(&l, row as i32 - 1, row as i32 + 7, by, n, lane);
         leaves[leaf + row * LEAF_ROW + 4 * n + lane % 4] = l[0];
         leaves[leaf + (row + 8) * LEAF_ROW + 4 * n + lane % 4] = l[1];
     }

@@ -6,6 +6,7 @@ use super::blueprint::{BLOCK_UNITS, BLOCKS, Blueprint, ERASE_AT, LEAF_PAIRS, LEA
 use super::chunk::Target;
 use super::gates::Gates;
 use super::tile::{Tile, V2, V4, V8, in_block};
+use crate::known::known_and;
 
 /// Scratch for the leaves of as many chunks at a time.
 #[cube]
@@ -13,7 +14,7 @@ pub(crate) fn new_leaves(#[comptime] chunks: usize) -> SharedMemory<Vector<f32, 
     SharedMemory::<Vector<f32, V2>>::new_aligned(comptime!(chunks * BLOCKS * LEAF_PAIRS), 16usize)
 }
 
-/// Leaves row `row` of $\mathrm{diag}(\rho\beta)(I + L)^{-1}$, or for the backward of the inverse alone, and the factors of
+/// Leaves row `row` of T, or for the backward of the inverse alone, and the factors of
 /// that micro-step, if this unit `works`.
 #[cube]
 pub(crate) fn leave_inverse<F: Float>(
@@ -30,19 +31,22 @@ pub(crate) fn leave_inverse<F: Float>(
     let backward = comptime!(bp.pass.is_backward());
     let block = row / TILE;
     let own = row % TILE;
-    let t = invert_row(leaves, to.leaves + block * LEAF_PAIRS, own);
+    // Beside a scan every read counts; without one longer reads take registers that `ptxas` does not give.
+    let leaf = to.leaves + block * LEAF_PAIRS;
+    let t = if comptime!(bp.prepared) {
+        invert_row::<V2>(leaves, leaf, own)
+    } else {
+        invert_row::<V4>(leaves, leaf, own)
+    };
     let sum = plane_shuffle(gates.sum, row as u32);
     if works {
         let at = to.factors + row;
         factors[at + ERASE_AT] = rho * f32::exp(sum);
         factors[at + WRITE_AT] = f32::exp(gates.total - sum);
     }
-    let mut by = rho * plane_shuffle(gates.beta, row as u32);
-    if comptime!(backward) {
-        if works {
-            factors[to.factors + comptime!(bp.betas_at()) + row] = by;
-        }
-        by = 1.0f32.runtime();
+    let own_beta = plane_shuffle(gates.beta, row as u32);
+    if known_and(backward, works) {
+        factors[to.factors + comptime!(bp.betas_at()) + row] = rho * own_beta;
     }
     let at = to.blocks + block * BLOCK_UNITS;
     #[unroll]
@@ -50,7 +54,15 @@ pub(crate) fn leave_inverse<F: Float>(
         let mut x = Vector::<F, V8>::cast_from(0.0f32);
         #[unroll]
         for e in 0..8usize {
-            x[e] = F::cast_from(by * t[comptime!(8 * half + e)]);
+            let j = comptime!(8 * half + e);
+            if comptime!(backward) {
+                x[e] = F::cast_from(t[j]);
+            } else if comptime!(bp.beta_on_the_right()) {
+                x[e] = F::cast_from(rho * own_beta * t[j]);
+            } else {
+                let b = plane_shuffle(gates.beta, (block * TILE + j) as u32);
+                x[e] = F::cast_from(rho * t[j] * b);
+            }
         }
         if works {
             tile[at + in_block(own, half)] = x;
@@ -58,10 +70,13 @@ pub(crate) fn leave_inverse<F: Float>(
     }
 }
 
-/// Row `i` of $(I + L)^{-1}$ by substitution from the right: $t_j = \delta_{ij} - \sum_{m>j} t_m L_{mj}$.
+/// Row `i` of $(I + L)^{-1}$ by substitution from the right: $t_j = \delta_{ij} - \sum_{m>j} t_m L_{mj}$. Rows of L are read W
+/// floats at a time.
 #[cube]
-fn invert_row(leaves: &SharedMemory<Vector<f32, V2>>, leaf: usize, i: usize) -> Array<f32> {
-    let rows = leaves.slice(0usize, leaves.len()).with_vector_size::<V4>();
+fn invert_row<W: Size>(leaves: &SharedMemory<Vector<f32, V2>>, leaf: usize, i: usize) -> Array<f32> {
+    let rows = leaves.slice(0usize, leaves.len()).with_vector_size::<W>();
+    let width = rows.vector_size();
+    let first = 2 * leaf / width;
     let mut t = Array::<f32>::new(TILE);
     #[unroll]
     for j in 0..TILE {
@@ -72,11 +87,11 @@ fn invert_row(leaves: &SharedMemory<Vector<f32, V2>>, leaf: usize, i: usize) -> 
         let m = comptime!(TILE - 1 - down);
         let x = -t[m];
         #[unroll]
-        for four in 0..comptime!(m.div_ceil(4)) {
-            let l = rows[leaf / 2 + comptime!(m * LEAF_ROW / 2) + four];
+        for part in 0..comptime!(m.div_ceil(width)) {
+            let l = rows[first + comptime!(2 * m * LEAF_ROW / width) + part];
             #[unroll]
-            for e in 0..4usize {
-                let j = comptime!(4 * four + e);
+            for e in 0..width {
+                let j = comptime!(width * part + e);
                 if comptime!(j < m) {
                     t[j] = fma(x, l[e], t[j]);
                 }
