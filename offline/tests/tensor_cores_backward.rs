@@ -13,9 +13,10 @@ fn check(kernels: Option<Vec<(Generated, Compiled)>>, calls: usize) {
         assert_eq!(named(name), calls, "{name}");
     }
     for (kernel, compiled) in &kernels {
-        // At K = 128 two cubes are to share a multiprocessor.
-        let pairs = kernel.name.starts_with("gradients") && kernel.units == 256;
-        assert!(!pairs || compiled.registers <= 128, "{} has {} registers", kernel.name, compiled.registers);
+        // At K = 128 (with gates per channel 64) two cubes are to share a multiprocessor.
+        if kernel.name.starts_with("gradients") && kernel.units == 256 {
+            assert!(compiled.registers <= 128, "{} has {} registers", kernel.name, compiled.registers);
+        }
     }
 }
 

@@ -276,12 +276,6 @@ impl Blueprint {
         self.factors() - CHUNK
     }
 
-    /// Whether leaves are inverted with beta on their right (`chunk.rs`): fewer shuffles beside a scan, and what the backward
-    /// asks for. In a forward's launch of its own `ptxas` gives too few registers for it, and spills.
-    pub(crate) fn beta_on_the_right(&self) -> bool {
-        self.pass.is_backward() || !self.prepared
-    }
-
     /// Units of a preparing cube.
     pub fn prepare_units(&self) -> usize {
         32 * PREPARE_PLANES
@@ -320,6 +314,6 @@ pub(crate) const READ_AT: usize = 2 * CHUNK;
 pub(crate) const DECAY_AT: usize = 3 * CHUNK;
 pub(crate) const CHANNELS_AT: usize = 3 * CHUNK + 4;
 
-/// Pairs of floats in a row of a leaf, two of them padding: rows are read 16 bytes at a time.
-pub(crate) const LEAF_ROW: usize = TILE / 2 + 2;
+/// Pairs of floats in a row of a leaf, one of them padding.
+pub(crate) const LEAF_ROW: usize = TILE / 2 + 1;
 pub(crate) const LEAF_PAIRS: usize = TILE * LEAF_ROW;

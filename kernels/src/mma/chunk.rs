@@ -5,14 +5,13 @@
 //! obey, block by block,
 //!
 //! ```text
-//! N_0 = T_0 (V_0 - e^G . K_0 S)         T_b = diag(rho beta) (I + L_b)^-1
+//! N_0 = T_0 (V_0 - e^G . K_0 S)         T_b = diag(rho) (I + L_b)^-1 diag(beta)
 //! N_1 = T_1 (V_1 - e^G . K_1 S - E N_0)   E = Gamma . K_1 K_0^T
 //! ```
 //!
-//! so that only 16 x 16 leaves are inverted, and T is never multiplied out. $L_b = A_b\,\mathrm{diag}(\beta)$; with beta on the
-//! other side of A, $T_b = \mathrm{diag}(\rho) (I + \mathrm{diag}(\beta) A_b)^{-1} \mathrm{diag}(\beta)$ is the same. The backward wants the
-//! residuals themselves, R with $N = \mathrm{diag}(\rho \beta) R$: $M_b = (I + L_b)^{-1}$ takes the place of $T_b$, and beta becomes a
-//! factor.
+//! so that only 16 x 16 leaves are inverted, and T is never multiplied out. The backward wants the residuals
+//! themselves, R with $N = \mathrm{diag}(\rho \beta) R$: with beta on the right, $M_b = (I + A_b\,\mathrm{diag}(\beta))^{-1}$
+//! takes the place of $T_b$, and beta becomes a factor.
 
 use cubecl::prelude::*;
 
@@ -276,9 +275,10 @@ fn leave_products<F: Float>(
     let first = block * TILE;
     let sums = at_rows(gates.sum, first + row, first + row + 8);
 
-    // The leaf on the diagonal: L_ij = beta_j rho_i rho_j Gamma_ij k_i . k_j below it, or with beta_i.
+    // The leaf on the diagonal: L_ij = beta_i rho_i rho_j Gamma_ij k_i . k_j below it, or with beta_j.
+    let backward = comptime!(bp.pass.is_backward());
     let mut by = norms;
-    if comptime!(!bp.beta_on_the_right()) {
+    if comptime!(!backward) {
         by *= at_rows(gates.beta, first + row, first + row + 8);
     }
     let leaf = to.leaves + block * LEAF_PAIRS;
@@ -293,7 +293,7 @@ fn leave_products<F: Float>(
         if comptime!(bp.spec.qk_l2norm) {
             scale_columns(&mut l, rows_at_columns(norms, lane, n));
         }
-        if comptime!(bp.beta_on_the_right()) {
+        if comptime!(backward) {
             scale_columns(&mut l, at_columns(gates.beta, 2 * block + n, lane));
         }
         let l = masked(&l, row as i32 - 1, row as i32 + 7, by, n, lane);

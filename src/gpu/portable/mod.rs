@@ -41,9 +41,10 @@ fn blueprint<R: Runtime>(client: &ComputeClient<R>, call: &Call<R>, backward: bo
     let spec = call.spec();
     let hardware = &client.properties().hardware;
     let cuda = hardware.num_streaming_multiprocessors.is_some();
-    // States of short sequences move faster through more units that hold less each.
-    let short = call.is_short() && spec.decay != Decay::Channel;
-    let units = if cuda && !backward && !short { FEW_UNITS } else { MANY_UNITS };
+    let forward = cuda && !backward;
+    // States of short sequences move faster through more units that hold less each: measured on CUDA.
+    let short = forward && call.is_short() && spec.decay != Decay::Channel;
+    let units = if forward && !short { FEW_UNITS } else { MANY_UNITS };
     let lanes = call.problem.sequences() * call.problem.shape().value_heads;
     let mut base =
         Blueprint { spec, chunk: 0, unit_keys: 32, unit_values: 0, value_tile: 0, stage: 0, parts: 0 };
