@@ -22,6 +22,11 @@ impl Strides {
     pub(crate) fn at(&self, row: usize, t: usize, head: usize) -> usize {
         row * self.b as usize + t * self.t as usize + head * self.h as usize
     }
+
+    /// The same in 32 bits, which reach every element of a tensor and take half of the instructions.
+    pub(crate) fn at32(&self, row: usize, t: usize, head: usize) -> u32 {
+        row as u32 * self.b + t as u32 * self.t + head as u32 * self.h
+    }
 }
 
 /// Element strides of a state `[N, HV, K, V]` in any layout.

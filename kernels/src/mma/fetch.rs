@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::blueprint::{Blueprint, CHUNK, Pass};
 use super::parcel::{exchange, new_parcel};
 use super::planes::Fetcher;
-use super::stage::{Place, StagedStrides, least, store_rows, turn};
+use super::stage::{Place, StagedStrides, store_rows, turn};
 use super::tile::{Tile, V8};
 use crate::known::known_and;
 use crate::record::Strides;
@@ -124,15 +124,17 @@ pub(crate) fn store_chunk<F: Float>(
     // Rows are micro-steps in the backward, tokens in the forward.
     let n_h = comptime!(bp.spec.micro_steps);
     let (to_row, start) = comptime!(if bp.pass.is_backward() { (1, n_h) } else { (n_h, 1) });
-    let rows = if comptime!(bp.pass.is_backward()) { place.steps } else { seq.tokens };
+    let rows = if comptime!(bp.pass.is_backward()) { place.steps as u32 } else { seq.tokens as u32 };
     let first = c * CHUNK / to_row;
-    let end = (least((c + 1) * CHUNK / to_row, rows) - first) as u32;
+    let end = u32::min(((c + 1) * CHUNK / to_row) as u32, rows) - first as u32;
     let value_dim = comptime!(bp.spec.value_dim);
-    let mut to = ((seq.first_chunk + c) * place.heads + place.hv) * comptime!(CHUNK * value_dim);
-    let mut stride = comptime!(value_dim as u32).runtime();
+    let chunk = ((seq.first_chunk + c) * place.heads + place.hv) as u32;
+    let mut to = chunk * comptime!((CHUNK * value_dim / 8) as u32);
+    let mut stride = comptime!((value_dim / 8) as u32).runtime();
     if comptime!(bp.pass != Pass::Replay) {
-        to = out_at.at(seq.row, seq.start * start + first, place.hv);
-        stride = out_at.t;
+        to = out_at.at32(seq.row, seq.start * start + first, place.hv) / 8;
+        stride = out_at.t / 8;
     }
-    store_rows::<F>(tile, at, out, (to + place.v0) / 8, stride / 8, end, place, unit, bp);
+    let to = to + place.v0 as u32 / 8;
+    store_rows::<F>(tile, at, out, to, stride, end, place, unit, bp);
 }

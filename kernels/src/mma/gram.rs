@@ -201,7 +201,7 @@ fn read_row<F: Float>(
     let units = comptime!((bp.spec.key_dim / 8) as u32);
     let mut x = Vector::<u32, V4>::cast_from(0u32);
     if known_or(4 * i + 4 <= bp.spec.key_dim / 8, col < units) {
-        x = Vector::reinterpret(src[source.from + (row * source.stride + col) as usize]);
+        x = Vector::reinterpret(src[(source.from + row * source.stride + col) as usize]);
     }
     x
 }

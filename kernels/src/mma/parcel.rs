@@ -202,7 +202,7 @@ fn fetch_values<F: Float>(
         parcel.reads = (least((c + 1) * CHUNK / n_h, seq.tokens) - token0) as u32;
         last = (seq.tokens - 1 - token0) as u32;
     }
-    let from = (v_at.at(seq.row, first, place.hv) + place.v0) / 8;
+    let from = (v_at.at32(seq.row, first, place.hv) + place.v0 as u32) / 8;
     // The rows of the transfer, behind the values, write nothing.
     let transfer = comptime!(bp.pass == Pass::Transfer);
     let channels = comptime!(bp.spec.value_dim).runtime();
@@ -232,7 +232,7 @@ fn fetch_rows<F: Float>(
         let i = unit as u32 + comptime!((round * rows.group) as u32);
         let row = u32::min(i / comptime!(rows.cols as u32), source.last);
         let col = i % comptime!(rows.cols as u32);
-        let at = source.from + (row * source.stride + u32::min(col, cols - 1)) as usize;
+        let at = (source.from + row * source.stride + u32::min(col, cols - 1)) as usize;
         let to = comptime!(rows.first + round);
         if comptime!(zeros) {
             let mut x = Vector::<u32, V4>::cast_from(0u32);

@@ -162,7 +162,7 @@ pub(crate) fn block_rows(bp: Blueprint) -> Rows {
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Source {
     /// The first row.
-    pub(crate) from: usize,
+    pub(crate) from: u32,
     /// From row to row.
     pub(crate) stride: u32,
     /// The last row of the sequence. Those behind it repeat it: what they hold is never used.
@@ -173,7 +173,7 @@ pub(crate) struct Source {
 #[cube]
 pub(crate) fn keys_of(at: &Strides, place: &Place, c: usize, #[comptime] bp: Blueprint) -> Source {
     let step0 = c * CHUNK;
-    let from = at.at(place.seq.row, place.seq.start * comptime!(bp.spec.micro_steps) + step0, place.h) / 8;
+    let from = at.at32(place.seq.row, place.seq.start * comptime!(bp.spec.micro_steps) + step0, place.h) / 8;
     Source { from, stride: at.t / 8, last: (place.steps - 1 - step0) as u32 }
 }
 
@@ -181,7 +181,7 @@ pub(crate) fn keys_of(at: &Strides, place: &Place, c: usize, #[comptime] bp: Blu
 #[cube]
 pub(crate) fn queries_of(at: &Strides, place: &Place, c: usize, #[comptime] bp: Blueprint) -> Source {
     let token0 = c * CHUNK / comptime!(bp.spec.micro_steps);
-    let from = at.at(place.seq.row, place.seq.start + token0, place.h) / 8;
+    let from = at.at32(place.seq.row, place.seq.start + token0, place.h) / 8;
     Source { from, stride: at.t / 8, last: (place.seq.tokens - 1 - token0) as u32 }
 }
 
@@ -191,13 +191,14 @@ pub(crate) fn turn(place: &Place, c: usize, #[comptime] bp: Blueprint) -> usize 
     if comptime!(bp.pass == Pass::Unwind) { place.chunks - 1 - c } else { c }
 }
 
-/// Stores the first `end` rows of those that lie at `at`.
+/// Stores the first `end` rows of those that lie at `at`. All are read before the first is stored: behind a branch each
+/// store would wait for its own.
 #[cube]
 pub(crate) fn store_rows<F: Float>(
     tile: &Tile<F>,
     at: usize,
     out: &mut Array<Vector<F, V8>>,
-    to: usize,
+    to: u32,
     stride: u32,
     end: u32,
     place: &Place,
@@ -205,18 +206,26 @@ pub(crate) fn store_rows<F: Float>(
     #[comptime] bp: Blueprint,
 ) {
     let cols = comptime!((bp.value_tile / 8) as u32);
-    let total = comptime!(bp.output_rows() * bp.value_tile / 8);
+    let units = comptime!(bp.group_units());
+    let rounds = comptime!((bp.output_rows() * bp.value_tile / 8).div_ceil(units));
+    let last = comptime!(bp.output_rows() as u32 - 1);
+    let mut rows = Array::<Vector<F, V8>>::new(rounds);
     #[unroll]
-    for round in 0..comptime!(total.div_ceil(bp.group_units())) {
-        let i = unit as u32 + comptime!((round * bp.group_units()) as u32);
+    for round in 0..rounds {
+        let i = unit as u32 + comptime!((round * units) as u32);
+        let row = u32::min(i / cols, last);
+        rows[round] = tile[at + (row * comptime!(bp.value_row() as u32) + i % cols) as usize];
+    }
+    #[unroll]
+    for round in 0..rounds {
+        let i = unit as u32 + comptime!((round * units) as u32);
         let row = i / cols;
         let col = i % cols;
         let whole = comptime!(bp.spec.value_dim.is_multiple_of(bp.value_tile));
         let inside = known_or(whole, place.v0 + 8 * (col as usize) < bp.spec.value_dim);
         // `end` is at most the number of rows, so that no index runs over.
         if row < end && inside {
-            out[to + (row * stride + col) as usize] =
-                tile[at + (row * comptime!(bp.value_row() as u32) + col) as usize];
+            out[(to + row * stride + col) as usize] = rows[round];
         }
     }
 }

@@ -159,7 +159,7 @@ fn read_rows<F: Float>(src: &Array<Vector<F, V8>>, source: Source, at: Slice) ->
         let row = u32::min(at.row(r), source.last);
         rows[r] = Vector::cast_from(0u32);
         if at.inside {
-            rows[r] = Vector::reinterpret(src[source.from + (row * source.stride + at.col) as usize]);
+            rows[r] = Vector::reinterpret(src[(source.from + row * source.stride + at.col) as usize]);
         }
     }
     rows
