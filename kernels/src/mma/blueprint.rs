@@ -91,6 +91,11 @@ impl Blueprint {
         if self.keeps_apart() { 32 * SCHEDULERS / 2 } else { GROUP_UNITS }
     }
 
+    /// Those that store outputs. Planes that multiply queries have less to do than those that invert the leaves of keys.
+    pub(crate) fn storing_units(&self) -> usize {
+        if self.prepared { self.group_units() } else { self.group_units() - 32 * BLOCKS }
+    }
+
     /// Chunks whose inputs lie in shared memory at a time: one is scanned, one for each group is prepared,
     /// and one arrives.
     pub(crate) fn stages(&self) -> usize {
@@ -130,7 +135,7 @@ impl Blueprint {
 
     /// Shared memory of `forward` in bytes.
     pub fn shared_memory(&self) -> usize {
-        16 * self.units_of_memory() + 4 * self.stages() * self.factors() + 4 * BLOCKS * LEAF_PAIRS * 2
+        16 * self.units_of_memory() + 4 * self.stages() * self.factors() + 8 * BLOCKS * self.leaf_pairs()
     }
 
     /// What the preparing launch leaves of one chunk and head: 16-byte units, and floats.
@@ -268,12 +273,41 @@ impl Blueprint {
     /// Floats that go with a chunk: factors per micro-step, and the decay per channel where there is one.
     pub(crate) fn factors(&self) -> usize {
         let channels = if self.by_channel() { self.spec.key_dim } else { 0 };
-        CHANNELS_AT + channels + if self.pass.is_backward() { CHUNK } else { 0 }
+        let betas = if self.pass.is_backward() { CHUNK } else { 0 };
+        let gates = if self.prepared { 0 } else { GATE_FLOATS * CHUNK };
+        CHANNELS_AT + channels + betas + gates
+    }
+
+    /// Where the gates of a chunk lie that is prepared beside a scan.
+    pub(crate) fn gates_at(&self) -> usize {
+        self.factors() - GATE_FLOATS * CHUNK
     }
 
     /// Factors that turn R into what is written: beta and the key's reciprocal norm.
     pub(crate) fn betas_at(&self) -> usize {
         self.factors() - CHUNK
+    }
+
+    /// Whether leaves are inverted with beta on their right (`chunk.rs`): the backward asks for it, and beside a scan it saves
+    /// a shuffle for each column.
+    pub(crate) fn beta_on_the_right(&self) -> bool {
+        self.pass.is_backward() || !self.prepared
+    }
+
+    /// Floats of a leaf that are read at a time. Beside a scan every read counts; in a launch of its own `ptxas` gives too few
+    /// registers for longer ones, and spills.
+    pub(crate) fn leaf_width(&self) -> usize {
+        if self.prepared { 2 } else { 4 }
+    }
+
+    /// Pairs of floats in a row of a leaf, as many of them padding as are read at a time.
+    pub(crate) fn leaf_row(&self) -> usize {
+        (TILE + self.leaf_width()) / 2
+    }
+
+    /// Pairs of floats in a leaf.
+    pub(crate) fn leaf_pairs(&self) -> usize {
+        TILE * self.leaf_row()
     }
 
     /// Units of a preparing cube.
@@ -313,7 +347,5 @@ pub(crate) const WRITE_AT: usize = CHUNK;
 pub(crate) const READ_AT: usize = 2 * CHUNK;
 pub(crate) const DECAY_AT: usize = 3 * CHUNK;
 pub(crate) const CHANNELS_AT: usize = 3 * CHUNK + 4;
-
-/// Pairs of floats in a row of a leaf, one of them padding.
-pub(crate) const LEAF_ROW: usize = TILE / 2 + 1;
-pub(crate) const LEAF_PAIRS: usize = TILE * LEAF_ROW;
+/// Of each micro-step: beta, the sum of the log decays, and the decay since, or until, the middle.
+const GATE_FLOATS: usize = 3;

@@ -5,19 +5,17 @@
 //! obey, block by block,
 //!
 //! ```text
-//! N_0 = T_0 (V_0 - e^G . K_0 S)         T_b = diag(rho) (I + L_b)^-1 diag(beta)
+//! N_0 = T_0 (V_0 - e^G . K_0 S)         T_b = diag(rho) (I + diag(beta) A_b)^-1 diag(beta)
 //! N_1 = T_1 (V_1 - e^G . K_1 S - E N_0)   E = Gamma . K_1 K_0^T
 //! ```
 //!
-//! so that only 16 x 16 leaves are inverted, and T is never multiplied out. The backward wants the residuals
-//! themselves, R with $N = \mathrm{diag}(\rho \beta) R$: with beta on the right, $M_b = (I + A_b\,\mathrm{diag}(\beta))^{-1}$
-//! takes the place of $T_b$, and beta becomes a factor.
+//! so that only 16 x 16 leaves are inverted, and T is never multiplied out. With beta on the right it is
+//! $T_b = \mathrm{diag}(\rho \beta) M_b$, $M_b = (I + A_b\,\mathrm{diag}(\beta))^{-1}$, the same in exact arithmetic. The backward wants
+//! the residuals themselves, R with $N = \mathrm{diag}(\rho \beta) R$: $M_b$ takes the place of $T_b$, and beta becomes a factor.
 
 use cubecl::prelude::*;
 
-use super::blueprint::{
-    BLOCK_UNITS, BLOCKS, Blueprint, CHUNK, DECAY_AT, ERASE_BLOCK, LEAF_PAIRS, LEAF_ROW, READ_AT, TILE,
-};
+use super::blueprint::{BLOCK_UNITS, BLOCKS, Blueprint, CHUNK, DECAY_AT, ERASE_BLOCK, READ_AT, TILE};
 use super::gates::{Gates, Raw, gates};
 use super::gram::Gram;
 use super::inverse::leave_inverse;
@@ -26,15 +24,6 @@ use super::tile::{Acc, Mma, Tile, V2, in_block, scale_columns, store, to_frag};
 use crate::known::{known_and, known_or};
 use crate::math::gate_constants;
 use crate::spec::Decay;
-
-/// The value that lane `8 n + 2 (lane % 4)` and the next hold: one factor per column of accumulator `n`.
-#[cube]
-fn at_columns(x: f32, n: usize, lane: usize) -> Vector<f32, V2> {
-    let column = (8 * n + 2 * (lane % 4)) as u32;
-    let mut out = Vector::<f32, V2>::cast_from(plane_shuffle(x, column));
-    out[1] = plane_shuffle(x, column + 1);
-    out
-}
 
 /// A per-row value of this plane's rows, at the columns of its accumulator `n` of 2.
 #[cube]
@@ -56,46 +45,29 @@ fn reciprocal_norms(gram: &Gram, #[comptime] bp: Blueprint) -> Vector<f32, V2> {
     r
 }
 
-/// $\Gamma$ times accumulator `n`, for rows whose log decays are `rows`.
+/// A row's values in two columns times the decay from these to the row: $\Gamma$.
 #[cube]
-fn gate_product(
-    acc: &Acc,
-    rows: Vector<f32, V2>,
-    gates: &Gates,
-    n: usize,
-    lane: usize,
+fn decayed(
+    x: Vector<f32, V2>,
+    row: f32,
+    columns: Vector<f32, V2>,
     #[comptime] bp: Blueprint,
-) -> Acc {
-    let mut out = Acc::new(2usize);
-    out[0] = acc[0];
-    out[1] = acc[1];
+) -> Vector<f32, V2> {
+    let mut w = x;
     if comptime!(bp.spec.decay == Decay::Head) {
-        let columns = at_columns(gates.sum, n, lane);
-        #[unroll]
-        for e in 0..2usize {
-            let mut w = out[e];
-            w[0] = w[0] * f32::exp(f32::min(rows[e] - columns[0], 0.0f32));
-            w[1] = w[1] * f32::exp(f32::min(rows[e] - columns[1], 0.0f32));
-            out[e] = w;
-        }
+        w[0] = w[0] * f32::exp(f32::min(row - columns[0], 0.0f32));
+        w[1] = w[1] * f32::exp(f32::min(row - columns[1], 0.0f32));
     }
-    out
+    w
 }
 
-/// `acc` where the column is at most `limit` (per row), times a factor per row; elsewhere 0.
+/// Two columns of a row, those past `limit` as 0.
 #[cube]
-fn masked(acc: &Acc, limit_lo: i32, limit_hi: i32, by: Vector<f32, V2>, n: usize, lane: usize) -> Acc {
-    let column = (8 * n + 2 * (lane % 4)) as i32;
-    let mut out = Acc::new(2usize);
-    let mut lo = acc[0] * Vector::cast_from(by[0]);
-    let mut hi = acc[1] * Vector::cast_from(by[1]);
-    lo[0] = select(column <= limit_lo, lo[0], 0.0f32);
-    lo[1] = select(column < limit_lo, lo[1], 0.0f32);
-    hi[0] = select(column <= limit_hi, hi[0], 0.0f32);
-    hi[1] = select(column < limit_hi, hi[1], 0.0f32);
-    out[0] = lo;
-    out[1] = hi;
-    out
+fn until(x: Vector<f32, V2>, column: u32, limit: u32) -> Vector<f32, V2> {
+    let mut w = x;
+    w[0] = select(column <= limit, w[0], 0.0f32);
+    w[1] = select(column < limit, w[1], 0.0f32);
+    w
 }
 
 /// Stores a 16 x 16 block that later is a right operand.
@@ -115,6 +87,7 @@ fn store_below<F: Float>(
     at: usize,
     gram: &Gram,
     rows: Vector<f32, V2>,
+    factors: &SharedMemory<f32>,
     gates: &Gates,
     lane: usize,
     #[comptime] bp: Blueprint,
@@ -127,7 +100,7 @@ fn store_below<F: Float>(
         out[0] = acc[0] * Vector::cast_from(rows[0]);
         out[1] = acc[1] * Vector::cast_from(rows[1]);
         if comptime!(bp.spec.decay == Decay::Head) {
-            scale_columns(&mut out, at_columns(gates.split, n, lane));
+            scale_columns(&mut out, gates.split.at_columns(factors, n, lane));
         }
         below.push(out);
     }
@@ -158,7 +131,7 @@ impl Target {
         Target {
             blocks: i * comptime!(bp.chunk_blocks() * BLOCK_UNITS),
             factors: i * comptime!(bp.factors()),
-            leaves: i * comptime!(BLOCKS * LEAF_PAIRS),
+            leaves: i * comptime!(BLOCKS * bp.leaf_pairs()),
         }
     }
 }
@@ -248,14 +221,6 @@ fn of_row(rows: Vector<f32, V2>, row: usize) -> f32 {
     select(row < 8, lo, hi)
 }
 
-/// The log decay at two micro-steps.
-#[cube]
-fn at_rows(x: f32, lo: usize, hi: usize) -> Vector<f32, V2> {
-    let mut out = Vector::<f32, V2>::cast_from(plane_shuffle(x, lo as u32));
-    out[1] = plane_shuffle(x, hi as u32);
-    out
-}
-
 /// Leaves the leaf of row block `block`, and the block below the diagonal.
 #[cube]
 fn leave_products<F: Float>(
@@ -273,38 +238,50 @@ fn leave_products<F: Float>(
     let norms = reciprocal_norms(gram, bp);
     let row = lane / 4;
     let first = block * TILE;
-    let sums = at_rows(gates.sum, first + row, first + row + 8);
+    let sums = gates.sum.at_rows(factors, first + row, first + row + 8);
 
     // The leaf on the diagonal: L_ij = beta_i rho_i rho_j Gamma_ij k_i . k_j below it, or with beta_j.
-    let backward = comptime!(bp.pass.is_backward());
+    let beta_on_the_right = comptime!(bp.beta_on_the_right());
     let mut by = norms;
-    if comptime!(!backward) {
-        by *= at_rows(gates.beta, first + row, first + row + 8);
+    if comptime!(!beta_on_the_right) {
+        by *= gates.beta.at_rows(factors, first + row, first + row + 8);
     }
-    let leaf = to.leaves + block * LEAF_PAIRS;
+    let leaf = to.leaves + block * comptime!(bp.leaf_pairs());
+    // Where 8 x 8 of its values cross the diagonal, row and column count from there. A 1 added to the column leaves the
+    // diagonal out.
+    let (own, column) = (row as u32, (2 * (lane % 4) + 1) as u32);
     #[unroll]
     for n in 0..2usize {
-        let mut acc = Acc::new(2usize);
         let x = gram.products.index(n);
         let y = gram.products.index(comptime!(n + 2));
-        acc[0] = select(block == 0, x[0], y[0]);
-        acc[1] = select(block == 0, x[1], y[1]);
-        let mut l = gate_product(&acc, sums, gates, 2 * block + n, lane, bp);
+        let columns = gates.sum.at_columns(factors, 2 * block + n, lane);
+        let mut by_column = Vector::<f32, V2>::cast_from(1.0f32);
         if comptime!(bp.spec.qk_l2norm) {
-            scale_columns(&mut l, rows_at_columns(norms, lane, n));
+            by_column *= rows_at_columns(norms, lane, n);
         }
-        if comptime!(backward) {
-            scale_columns(&mut l, at_columns(gates.beta, 2 * block + n, lane));
+        if comptime!(beta_on_the_right) {
+            by_column *= gates.beta.at_columns(factors, 2 * block + n, lane);
         }
-        let l = masked(&l, row as i32 - 1, row as i32 + 7, by, n, lane);
-        leaves[leaf + row * LEAF_ROW + 4 * n + lane % 4] = l[0];
-        leaves[leaf + (row + 8) * LEAF_ROW + 4 * n + lane % 4] = l[1];
+        let at = leaf + 4 * n + lane % 4;
+        let hi = decayed(select(block == 0, x[1], y[1]), sums[1], columns, bp);
+        let hi = hi * by_column * Vector::cast_from(by[1]);
+        let at_hi = at + (row + 8) * comptime!(bp.leaf_row());
+        if comptime!(n == 0) {
+            leaves[at_hi] = hi;
+            let lo = decayed(select(block == 0, x[0], y[0]), sums[0], columns, bp);
+            let lo = lo * by_column * Vector::cast_from(by[0]);
+            leaves[at + row * comptime!(bp.leaf_row())] = until(lo, column, own);
+        } else {
+            // Above it nothing is read.
+            leaves[at_hi] = until(hi, column, own);
+        }
     }
 
     if block == 1 {
-        let rows = at_rows(gates.split, first + row, first + row + 8) * norms * Vector::cast_from(-1.0f32);
+        let rows =
+            gates.split.at_rows(factors, first + row, first + row + 8) * norms * Vector::cast_from(-1.0f32);
         let at = to.blocks + comptime!(ERASE_BLOCK * BLOCK_UNITS);
-        store_below::<F>(mma, tile, at, gram, rows, gates, lane, bp);
+        store_below::<F>(mma, tile, at, gram, rows, factors, gates, lane, bp);
     }
 
     if lane == 0 && block == 0 {
@@ -336,7 +313,7 @@ fn finish_queries<F: Float>(
     let second = first + 8 * n_h;
     let lo = select(first < CHUNK, first, CHUNK - 1);
     let hi = select(second < CHUNK, second, CHUNK - 1);
-    let sums = at_rows(gates.sum, lo, hi);
+    let sums = gates.sum.at_rows(factors, lo, hi);
     #[unroll]
     for j in 0..BLOCKS {
         if known_or(bp.spec.micro_steps > 1, j == block) {
@@ -346,16 +323,32 @@ fn finish_queries<F: Float>(
             #[unroll]
             for half in 0..2usize {
                 let n = comptime!(2 * j + half);
-                let g = gate_product(gram.products.index(n), sums, gates, n, lane, bp);
-                p.push(masked(&g, lo as i32, hi as i32, norms, n, lane));
+                let x = gram.products.index(n);
+                let columns = gates.sum.at_columns(factors, n, lane);
+                let column = (2 * (lane % 4)) as u32;
+                let p_lo = decayed(x[0], sums[0], columns, bp) * Vector::cast_from(norms[0]);
+                let p_hi = decayed(x[1], sums[1], columns, bp) * Vector::cast_from(norms[1]);
+                let mut out = Acc::new(2usize);
+                if comptime!(bp.spec.micro_steps > 1) {
+                    let column = column + comptime!(8 * n as u32);
+                    out[0] = until(p_lo, column, lo as u32);
+                    out[1] = until(p_hi, column, hi as u32);
+                } else if comptime!(half == 0) {
+                    out[0] = until(p_lo, column, (lane / 4) as u32);
+                    out[1] = p_hi;
+                } else {
+                    out[0] = Vector::cast_from(0.0f32);
+                    out[1] = until(p_hi, column, (lane / 4) as u32);
+                }
+                p.push(out);
             }
             store_block::<F>(mma, tile, at, p.index(0usize), p.index(1usize), lane);
         }
     }
     if known_and(bp.spec.micro_steps == 1, block > 0) {
-        let rows = at_rows(gates.split, lo, hi) * norms;
+        let rows = gates.split.at_rows(factors, lo, hi) * norms;
         let at = to.blocks + comptime!(bp.p_block(1, 0) * BLOCK_UNITS);
-        store_below::<F>(mma, tile, at, gram, rows, gates, lane, bp);
+        store_below::<F>(mma, tile, at, gram, rows, factors, gates, lane, bp);
     }
     if lane % 4 == 0 {
         factors[to.factors + READ_AT + row] = norms[0] * f32::exp(sums[0]);

@@ -7,7 +7,7 @@ use super::parcel::{exchange, new_parcel};
 use super::planes::Fetcher;
 use super::stage::{Place, StagedStrides, store_rows, turn};
 use super::tile::{Tile, V8};
-use crate::known::known_and;
+use crate::known::{known_and, known_or};
 use crate::record::Strides;
 
 /// Fetches the chunks of the cube's sequence, one after the other or every second one, and stores what the scan leaves of
@@ -136,5 +136,8 @@ pub(crate) fn store_chunk<F: Float>(
         stride = out_at.t / 8;
     }
     let to = to + place.v0 as u32 / 8;
-    store_rows::<F>(tile, at, out, to, stride, end, place, unit, bp);
+    let idle = comptime!(bp.group_units() - bp.storing_units());
+    if known_or(idle == 0, unit >= idle) {
+        store_rows::<F>(tile, at, out, to, stride, end, place, unit - idle, bp);
+    }
 }

@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::blueprint::{Blueprint, CHUNK};
 use super::stage::Place;
+use super::tile::V2;
 use crate::known::known_and;
 use crate::math::{beta_of, log_decay_of};
 use crate::record::Strides;
@@ -32,14 +33,20 @@ pub(crate) fn read_gates<B: Float, G: Float>(
     lane: usize,
     #[comptime] bp: Blueprint,
 ) -> Raw {
-    let step = c * CHUNK + lane;
+    let step = step_of(c, lane);
     let seq = place.seq;
     let mut raw = Raw { beta: read_beta(beta, beta_at, place, c, lane, bp), g: 0.0f32 };
-    if known_and(bp.spec.decay == Decay::Head, step < place.steps) {
-        raw.g =
-            f32::cast_from(g[g_at.at(seq.row, seq.start + step / comptime!(bp.spec.micro_steps), place.hv)]);
+    if known_and(bp.spec.decay == Decay::Head, step < place.steps as u32) {
+        let token = seq.start + (step / comptime!(bp.spec.micro_steps as u32)) as usize;
+        raw.g = f32::cast_from(g[g_at.at32(seq.row, token, place.hv) as usize]);
     }
     raw
+}
+
+/// The micro-step of a lane. 32 bits hold every one, in half of the registers.
+#[cube]
+fn step_of(c: usize, lane: usize) -> u32 {
+    (c * CHUNK + lane) as u32
 }
 
 /// Beta of the lane's micro-step, as the caller holds it.
@@ -52,24 +59,70 @@ pub(crate) fn read_beta<B: Float>(
     lane: usize,
     #[comptime] bp: Blueprint,
 ) -> f32 {
-    let step = c * CHUNK + lane;
+    let step = step_of(c, lane);
     let mut x = 0.0f32;
-    if step < place.steps {
+    if step < place.steps as u32 {
         let first = place.seq.start * comptime!(bp.spec.micro_steps);
-        x = f32::cast_from(beta[beta_at.at(place.seq.row, first + step, place.hv)]);
+        x = f32::cast_from(beta[beta_at.at32(place.seq.row, first + step as usize, place.hv) as usize]);
     }
     x
 }
 
-/// Beta of the lane's micro-step, the log decay from the start of the chunk to it, and to the end. In the
-/// second half of the chunk `split` is the decay since the end of the first, in the first half the decay until
-/// then.
+/// A value of each micro-step of a chunk.
+// Which variant it is is known when a kernel is generated, and only then are they built.
+#[allow(dead_code)]
+#[derive(CubeType, Clone, Copy)]
+pub(crate) enum PerStep {
+    /// The lane's own; the others' are had by shuffles.
+    Lane(f32),
+    /// In shared memory, from here on.
+    Memory(usize),
+    /// The same for all.
+    Same(f32),
+}
+
+#[cube]
+impl PerStep {
+    /// The value of one micro-step.
+    pub(crate) fn of(&self, memory: &SharedMemory<f32>, step: usize) -> f32 {
+        match self {
+            PerStep::Lane(own) => plane_shuffle(*own, step as u32),
+            PerStep::Memory(first) => memory[*first + step],
+            PerStep::Same(x) => *x,
+        }
+    }
+
+    /// The value of the lane's own.
+    fn own(&self, memory: &SharedMemory<f32>, lane: usize) -> f32 {
+        match self {
+            PerStep::Lane(own) => *own,
+            PerStep::Memory(first) => memory[*first + lane],
+            PerStep::Same(x) => *x,
+        }
+    }
+
+    /// Those of two micro-steps.
+    pub(crate) fn at_rows(&self, memory: &SharedMemory<f32>, lo: usize, hi: usize) -> Vector<f32, V2> {
+        let mut out = Vector::<f32, V2>::cast_from(self.of(memory, lo));
+        out[1] = self.of(memory, hi);
+        out
+    }
+
+    /// Those of the columns that this lane holds of accumulator `n`.
+    pub(crate) fn at_columns(&self, memory: &SharedMemory<f32>, n: usize, lane: usize) -> Vector<f32, V2> {
+        let first = 8 * n + 2 * (lane % 4);
+        self.at_rows(memory, first, first + 1)
+    }
+}
+
+/// Of each micro-step beta, the log decay from the start of the chunk to it, and `split`: in the second half of the chunk
+/// the decay since the end of the first, in the first half the decay until then. Of the whole chunk the log decay.
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Gates {
-    pub(crate) beta: f32,
-    pub(crate) sum: f32,
+    pub(crate) beta: PerStep,
+    pub(crate) sum: PerStep,
+    pub(crate) split: PerStep,
     pub(crate) total: f32,
-    pub(crate) split: f32,
 }
 
 /// From what the caller holds to what the chunk needs.
@@ -84,25 +137,69 @@ pub(crate) fn gates(
     lane: usize,
     #[comptime] bp: Blueprint,
 ) -> Gates {
-    // 32 bits hold every micro-step, in half of the registers.
     let n_h = comptime!(bp.spec.micro_steps as u32);
-    let step = (c * CHUNK + lane) as u32;
+    let step = step_of(c, lane);
     let valid = step < place.steps as u32;
     let mut beta = beta_of(raw.beta, bp.spec.beta);
     if comptime!(bp.spec.beta != BetaMap::Identity) {
         beta = select(valid, beta, 0.0f32);
     }
-    let mut sum = 0.0f32;
-    let mut total = 0.0f32;
-    let mut split = 1.0f32;
     if comptime!(bp.spec.decay == Decay::Head) {
         let g = f32::max(log_decay_of(raw.g, a_log, bias, lower_bound, bp.spec.gate), LOWEST);
-        sum = running_sum(select(valid && step % n_h == 0, g, 0.0f32), lane);
-        total = plane_shuffle(sum, 31u32);
+        let sum = running_sum(select(valid && step % n_h == 0, g, 0.0f32), lane);
+        let total = plane_shuffle(sum, 31u32);
         let middle = plane_shuffle(sum, 15u32);
-        split = f32::exp(-f32::abs(sum - middle));
+        let split = f32::exp(-f32::abs(sum - middle));
+        Gates {
+            beta: PerStep::new_Lane(beta),
+            sum: PerStep::new_Lane(sum),
+            split: PerStep::new_Lane(split),
+            total,
+        }
+    } else {
+        Gates {
+            beta: PerStep::new_Lane(beta),
+            sum: PerStep::new_Same(0.0f32),
+            split: PerStep::new_Same(1.0f32),
+            total: 0.0f32,
+        }
     }
-    Gates { beta, sum, total, split }
+}
+
+/// Puts the gates of a chunk into shared memory, from `at` on, for all planes that prepare it.
+#[cube]
+pub(crate) fn leave_gates(
+    memory: &mut SharedMemory<f32>,
+    at: usize,
+    gates: &Gates,
+    lane: usize,
+    #[comptime] bp: Blueprint,
+) {
+    memory[at + lane] = gates.beta.own(memory, lane);
+    if comptime!(bp.spec.decay == Decay::Head) {
+        memory[at + CHUNK + lane] = gates.sum.own(memory, lane);
+        memory[at + comptime!(2 * CHUNK) + lane] = gates.split.own(memory, lane);
+    }
+}
+
+/// The gates that lie there.
+#[cube]
+pub(crate) fn gates_at(memory: &SharedMemory<f32>, at: usize, #[comptime] bp: Blueprint) -> Gates {
+    if comptime!(bp.spec.decay == Decay::Head) {
+        Gates {
+            beta: PerStep::new_Memory(at),
+            sum: PerStep::new_Memory(at + CHUNK),
+            split: PerStep::new_Memory(at + comptime!(2 * CHUNK)),
+            total: memory[at + comptime!(2 * CHUNK - 1)],
+        }
+    } else {
+        Gates {
+            beta: PerStep::new_Memory(at),
+            sum: PerStep::new_Same(0.0f32),
+            split: PerStep::new_Same(1.0f32),
+            total: 0.0f32,
+        }
+    }
 }
 
 /// The sum over this lane and those below it.

@@ -2,19 +2,24 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{BLOCK_UNITS, BLOCKS, Blueprint, ERASE_AT, LEAF_PAIRS, LEAF_ROW, TILE, WRITE_AT};
+use super::blueprint::{BLOCK_UNITS, BLOCKS, Blueprint, ERASE_AT, TILE, WRITE_AT};
 use super::chunk::Target;
 use super::gates::Gates;
-use super::tile::{Tile, V2, V8, in_block};
+use super::tile::{Tile, V2, V4, V8, in_block};
+use crate::known::known_and;
 
 /// Scratch for the leaves of as many chunks at a time.
 #[cube]
-pub(crate) fn new_leaves(#[comptime] chunks: usize) -> SharedMemory<Vector<f32, V2>> {
-    SharedMemory::<Vector<f32, V2>>::new(comptime!(chunks * BLOCKS * LEAF_PAIRS))
+pub(crate) fn new_leaves(
+    #[comptime] chunks: usize,
+    #[comptime] bp: Blueprint,
+) -> SharedMemory<Vector<f32, V2>> {
+    let pairs = comptime!(chunks * BLOCKS * bp.leaf_pairs());
+    SharedMemory::<Vector<f32, V2>>::new_aligned(pairs, comptime!(4 * bp.leaf_width()))
 }
 
-/// Leaves row `row` of $\mathrm{diag}(\rho)(I + L)^{-1}\mathrm{diag}(\beta)$, or of the inverse alone, and the factors of
-/// that micro-step, if this unit `works`.
+/// Leaves row `row` of T, or for the backward of the inverse alone, and the factors of that micro-step, if this unit
+/// `works`.
 #[cube]
 pub(crate) fn leave_inverse<F: Float>(
     tile: &mut Tile<F>,
@@ -30,17 +35,19 @@ pub(crate) fn leave_inverse<F: Float>(
     let backward = comptime!(bp.pass.is_backward());
     let block = row / TILE;
     let own = row % TILE;
-    let t = invert_row(leaves, to.leaves + block * LEAF_PAIRS, own);
-    let sum = plane_shuffle(gates.sum, row as u32);
+    let leaf = to.leaves + block * comptime!(bp.leaf_pairs());
+    let t = invert_row(leaves, leaf, own, bp);
+    let sum = gates.sum.of(factors, row);
     if works {
         let at = to.factors + row;
         factors[at + ERASE_AT] = rho * f32::exp(sum);
         factors[at + WRITE_AT] = f32::exp(gates.total - sum);
     }
-    if comptime!(backward) {
-        let beta = plane_shuffle(gates.beta, row as u32);
-        if works {
-            factors[to.factors + comptime!(bp.betas_at()) + row] = rho * beta;
+    let mut by = rho;
+    if comptime!(bp.beta_on_the_right()) {
+        by *= gates.beta.of(factors, row);
+        if known_and(backward, works) {
+            factors[to.factors + comptime!(bp.betas_at()) + row] = by;
         }
     }
     let at = to.blocks + block * BLOCK_UNITS;
@@ -52,8 +59,10 @@ pub(crate) fn leave_inverse<F: Float>(
             let j = comptime!(8 * half + e);
             if comptime!(backward) {
                 x[e] = F::cast_from(t[j]);
+            } else if comptime!(bp.beta_on_the_right()) {
+                x[e] = F::cast_from(by * t[j]);
             } else {
-                let b = plane_shuffle(gates.beta, (block * TILE + j) as u32);
+                let b = gates.beta.of(factors, block * TILE + j);
                 x[e] = F::cast_from(rho * t[j] * b);
             }
         }
@@ -65,24 +74,57 @@ pub(crate) fn leave_inverse<F: Float>(
 
 /// Row `i` of $(I + L)^{-1}$ by substitution from the right: $t_j = \delta_{ij} - \sum_{m>j} t_m L_{mj}$.
 #[cube]
-fn invert_row(leaves: &SharedMemory<Vector<f32, V2>>, leaf: usize, i: usize) -> Array<f32> {
+fn invert_row(
+    leaves: &SharedMemory<Vector<f32, V2>>,
+    leaf: usize,
+    i: usize,
+    #[comptime] bp: Blueprint,
+) -> Array<f32> {
     let mut t = Array::<f32>::new(TILE);
     #[unroll]
     for j in 0..TILE {
-        t[j] = select(i == j, 1.0f32, 0.0f32);
+        t[j] = select(i as u32 == comptime!(j as u32), 1.0f32, 0.0f32);
     }
     #[unroll]
     for down in 0..comptime!(TILE - 1) {
         let m = comptime!(TILE - 1 - down);
         let x = -t[m];
         #[unroll]
-        for pair in 0..comptime!(m.div_ceil(2)) {
-            let l = leaves[leaf + comptime!(m * LEAF_ROW) + pair];
-            t[comptime!(2 * pair)] = fma(x, l[0], t[comptime!(2 * pair)]);
-            if comptime!(2 * pair + 1 < m) {
-                t[comptime!(2 * pair + 1)] = fma(x, l[1], t[comptime!(2 * pair + 1)]);
+        for part in 0..comptime!(m.div_ceil(bp.leaf_width())) {
+            let at = comptime!(m * bp.leaf_row() + part * bp.leaf_width() / 2);
+            let l = read_leaf(leaves, leaf, at, bp);
+            #[unroll]
+            for e in 0..comptime!(bp.leaf_width()) {
+                let j = comptime!(bp.leaf_width() * part + e);
+                if comptime!(j < m) {
+                    t[j] = fma(x, l.index(comptime!(e / 2))[comptime!(e % 2)], t[j]);
+                }
             }
         }
     }
     t
+}
+
+/// The pairs at `at` of a leaf, as many as are read at a time.
+#[cube]
+fn read_leaf(
+    leaves: &SharedMemory<Vector<f32, V2>>,
+    leaf: usize,
+    #[comptime] at: usize,
+    #[comptime] bp: Blueprint,
+) -> Sequence<Vector<f32, V2>> {
+    let mut pairs = Sequence::<Vector<f32, V2>>::new();
+    if comptime!(bp.leaf_width() == 2) {
+        pairs.push(leaves[leaf + at]);
+    } else {
+        let fours = leaves.slice(0usize, leaves.len()).with_vector_size::<V4>();
+        let four = fours[leaf / 2 + comptime!(at / 2)];
+        #[unroll]
+        for i in 0..2usize {
+            let mut pair = Vector::<f32, V2>::cast_from(four[comptime!(2 * i)]);
+            pair[1] = four[comptime!(2 * i + 1)];
+            pairs.push(pair);
+        }
+    }
+    pairs
 }

@@ -24,6 +24,7 @@
 //!
 //! The three read the same records: segments end between chunks.
 
+mod beside;
 mod blueprint;
 mod channel;
 mod chunk;
@@ -50,13 +51,11 @@ use cubecl::prelude::*;
 
 use crate::known::known_or;
 use crate::record::{StateStrides, Strides};
-use chunk::{Target, finish, gates_of};
-use fetch::{fetch_chunks, store_chunk, store_last};
-use gates::read_gates;
-use gram::multiply_keys;
+use beside::prepare_chunks;
+use chunk::Target;
+use fetch::fetch_chunks;
 use held::begin_reading;
 use inverse::new_leaves;
-use parcel::{exchange, new_parcel};
 use planes::Fetcher;
 use scan::scan_chunk;
 use stage::{StagedStrides, place_of_cube};
@@ -125,7 +124,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
 
     let mut tile = Tile::<F>::new_aligned(comptime!(bp.units_of_memory()), 128usize);
     let mut factors = new_factors(stages, bp);
-    let mut leaves = new_leaves(1usize);
+    let mut leaves = new_leaves(1usize, bp);
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
     let lane = (UNIT_POS % 32) as usize;
     let plane = (UNIT_POS / 32) as usize;
@@ -172,108 +171,31 @@ pub fn forward<F: Float, B: Float, G: Float>(
                 bp,
             );
         } else {
-            let Fetcher { group, unit, .. } = fetcher;
-            let block = unit / 32;
-            let mut parcel = new_parcel(bp);
-            #[unroll]
-            for i in 0..2usize {
-                exchange::<F>(
-                    &mut parcel,
-                    &mut tile,
-                    &mut factors,
-                    group,
-                    q,
-                    k,
-                    v,
-                    records,
-                    record_factors,
-                    &strides,
-                    &place,
-                    group,
-                    unit,
-                    comptime!(i == 1),
-                    comptime!(i == 0),
-                    bp,
-                );
-            }
-            let mut raw = read_gates(beta, g, &beta_at, &g_at, &place, group, lane, bp);
-            sync_cube();
-            if group > 0 {
-                sync_cube();
-            }
-            // Chunk `next` is ready when the barrier at the end is passed.
-            let mut next = group;
-            while next <= place.chunks {
-                let after = next + groups;
-                // For one turn: planes that prepare have no registers to carry it from turn to turn.
-                let mut parcel = new_parcel(bp);
-                exchange::<F>(
-                    &mut parcel,
-                    &mut tile,
-                    &mut factors,
-                    after % stages,
-                    q,
-                    k,
-                    v,
-                    records,
-                    record_factors,
-                    &strides,
-                    &place,
-                    after,
-                    unit,
-                    false,
-                    true,
-                    bp,
-                );
-                let later = read_gates(beta, g, &beta_at, &g_at, &place, after, lane, bp);
-                if next > groups {
-                    store_chunk::<F>(&tile, o, &o_at, &place, next - groups - 1, unit, bp);
-                }
-                let at_stage = next % stages;
-                let products = multiply_keys::<F>(&mma, &tile, at_stage * stage, block, lane, bp);
-                if comptime!(groups > 1) {
-                    sync_cube();
-                }
-                let to = Target::of_stage(at_stage, bp);
-                let gates = gates_of(&raw, a_log, dt_bias, lower_bound, &place, next, lane, bp);
-                finish::<F>(
-                    &mma,
-                    &mut tile,
-                    &mut factors,
-                    &mut leaves,
-                    &products,
-                    &gates,
-                    scale,
-                    next,
-                    to,
-                    block,
-                    lane,
-                    bp,
-                );
-                exchange::<F>(
-                    &mut parcel,
-                    &mut tile,
-                    &mut factors,
-                    after % stages,
-                    q,
-                    k,
-                    v,
-                    records,
-                    record_factors,
-                    &strides,
-                    &place,
-                    after,
-                    unit,
-                    true,
-                    false,
-                    bp,
-                );
-                raw.beta = later.beta;
-                raw.g = later.g;
-                next = after;
-                sync_cube();
-            }
-            store_last::<F>(&tile, o, &o_at, &place, next, fetcher, bp);
+            prepare_chunks::<F, B, G>(
+                &mma,
+                q,
+                k,
+                v,
+                beta,
+                g,
+                a_log,
+                dt_bias,
+                records,
+                record_factors,
+                o,
+                &o_at,
+                &strides,
+                &beta_at,
+                &g_at,
+                &place,
+                &mut tile,
+                &mut factors,
+                &mut leaves,
+                fetcher,
+                scale,
+                lower_bound,
+                bp,
+            );
         }
     }
 }

@@ -74,7 +74,7 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     let strides = StagedStrides { q: q_at, k: k_at, v: k_at };
     let mut tile = Tile::<F>::new_aligned(comptime!(bp.prepared_blocks()), 128usize);
     let mut factors = new_factors(PREPARE_PLANES, bp);
-    let mut leaves = new_leaves(PREPARE_PLANES);
+    let mut leaves = new_leaves(PREPARE_PLANES, bp);
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
 
     let products = products_of_chunk::<F>(&mma, q, k, &strides, &place, c, lane, bp);
@@ -128,7 +128,7 @@ pub fn prepare_by_channel<F: Float, B: Float, G: Float>(
     let mut tile =
         Tile::<F>::new_aligned(comptime!(bp.prepared_blocks() + SEEN_UNITS * bp.slices()), 128usize);
     let mut factors = new_factors(1usize, bp);
-    let mut leaves = new_leaves(1usize);
+    let mut leaves = new_leaves(1usize, bp);
     let mut partial = Partial::new(bp);
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
     let unit = UNIT_POS_X;

@@ -206,7 +206,7 @@ pub(crate) fn store_rows<F: Float>(
     #[comptime] bp: Blueprint,
 ) {
     let cols = comptime!((bp.value_tile / 8) as u32);
-    let units = comptime!(bp.group_units());
+    let units = comptime!(bp.storing_units());
     let rounds = comptime!((bp.output_rows() * bp.value_tile / 8).div_ceil(units));
     let last = comptime!(bp.output_rows() as u32 - 1);
     let mut rows = Array::<Vector<F, V8>>::new(rounds);

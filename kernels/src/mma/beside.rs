@@ -1,0 +1,155 @@
+//! The planes that prepare the next chunks beside the scan: they fetch, multiply and invert, and store outputs.
+
+use cubecl::prelude::*;
+
+use super::blueprint::{BLOCKS, Blueprint};
+use super::chunk::{Target, finish, gates_of};
+use super::fetch::{store_chunk, store_last};
+use super::gates::{Raw, gates_at, leave_gates, read_gates};
+use super::gram::multiply_keys;
+use super::parcel::{exchange, new_parcel};
+use super::planes::Fetcher;
+use super::stage::{Place, StagedStrides};
+use super::tile::{Mma, Tile, V2, V8};
+use crate::record::Strides;
+
+/// Prepares the chunks of the cube's sequence, one after the other or every second one, each a turn before the scan takes
+/// it, and stores what the scan leaves of them. A parcel is on its way for most of a turn.
+#[cube]
+pub(crate) fn prepare_chunks<F: Float, B: Float, G: Float>(
+    mma: &Mma<F>,
+    q: &Array<Vector<F, V8>>,
+    k: &Array<Vector<F, V8>>,
+    v: &Array<Vector<F, V8>>,
+    beta: &Array<B>,
+    g: &Array<G>,
+    a_log: &Array<f32>,
+    dt_bias: &Array<f32>,
+    records: &Array<Vector<F, V8>>,
+    record_factors: &Array<f32>,
+    o: &mut Array<Vector<F, V8>>,
+    o_at: &Strides,
+    strides: &StagedStrides,
+    beta_at: &Strides,
+    g_at: &Strides,
+    place: &Place,
+    tile: &mut Tile<F>,
+    factors: &mut SharedMemory<f32>,
+    leaves: &mut SharedMemory<Vector<f32, V2>>,
+    fetcher: Fetcher,
+    scale: f32,
+    lower_bound: f32,
+    #[comptime] bp: Blueprint,
+) {
+    let lane = (UNIT_POS % 32) as usize;
+    let groups = comptime!(bp.groups);
+    let stage = comptime!(bp.stage());
+    let Fetcher { group, unit, .. } = fetcher;
+    let block = unit / 32;
+    let mut parcel = new_parcel(bp);
+    #[unroll]
+    for i in 0..2usize {
+        exchange::<F>(
+            &mut parcel,
+            tile,
+            factors,
+            group,
+            q,
+            k,
+            v,
+            records,
+            record_factors,
+            strides,
+            place,
+            group,
+            unit,
+            comptime!(i == 1),
+            comptime!(i == 0),
+            bp,
+        );
+    }
+    // A plane that multiplies queries has time to spare: it finds the gates of the chunk after the one in hand. The
+    // sums of gates are a chain of shuffles, each of which would wait behind the operands of a product.
+    let finds_gates = block == BLOCKS;
+    if finds_gates {
+        let raw = read_gates(beta, g, beta_at, g_at, place, group, lane, bp);
+        let gates = gates_of(&raw, a_log, dt_bias, lower_bound, place, group, lane, bp);
+        let at = Target::of_stage(group, bp).factors + comptime!(bp.gates_at());
+        leave_gates(factors, at, &gates, lane, bp);
+    }
+    sync_cube();
+    if group > 0 {
+        sync_cube();
+    }
+    // Chunk `next` is ready when the barrier at the end is passed.
+    let mut next = group as u32;
+    let stages = comptime!(bp.stages() as u32);
+    while next <= place.chunks as u32 {
+        let after = next + comptime!(groups as u32);
+        // For one turn: planes that prepare have no registers to carry it from turn to turn.
+        let mut parcel = new_parcel(bp);
+        exchange::<F>(
+            &mut parcel,
+            tile,
+            factors,
+            (after % stages) as usize,
+            q,
+            k,
+            v,
+            records,
+            record_factors,
+            strides,
+            place,
+            after as usize,
+            unit,
+            false,
+            true,
+            bp,
+        );
+        let mut later = Raw { beta: 0.0f32, g: 0.0f32 };
+        if finds_gates {
+            let raw = read_gates(beta, g, beta_at, g_at, place, after as usize, lane, bp);
+            later.beta = raw.beta;
+            later.g = raw.g;
+        }
+        if next > comptime!(groups as u32) {
+            let done = (next - comptime!(groups as u32 + 1)) as usize;
+            store_chunk::<F>(tile, o, o_at, place, done, unit, bp);
+        }
+        let at_stage = (next % stages) as usize;
+        let products = multiply_keys::<F>(mma, tile, at_stage * stage, block, lane, bp);
+        if comptime!(groups > 1) {
+            sync_cube();
+        }
+        let to = Target::of_stage(at_stage, bp);
+        let gates = gates_at(factors, to.factors + comptime!(bp.gates_at()), bp);
+        finish::<F>(mma, tile, factors, leaves, &products, &gates, scale, next as usize, to, block, lane, bp);
+        let to = (after % stages) as usize;
+        if finds_gates {
+            let gates = gates_of(&later, a_log, dt_bias, lower_bound, place, after as usize, lane, bp);
+            let at = Target::of_stage(to, bp).factors + comptime!(bp.gates_at());
+            leave_gates(factors, at, &gates, lane, bp);
+        }
+        exchange::<F>(
+            &mut parcel,
+            tile,
+            factors,
+            to,
+            q,
+            k,
+            v,
+            records,
+            record_factors,
+            strides,
+            place,
+            after as usize,
+            unit,
+            true,
+            false,
+            bp,
+        );
+        next = after;
+        sync_cube();
+    }
+    store_last::<F>(tile, o, o_at, place, next as usize, fetcher, bp);
+}
