@@ -3,9 +3,9 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{BLOCKS, Blueprint};
-use super::chunk::{Target, finish, gates_of};
+use super::chunk::{Target, find_gates, finish};
 use super::fetch::{store_chunk, store_last};
-use super::gates::{Raw, gates_at, leave_gates, read_gates};
+use super::gates::{Raw, gates_from, read_gates};
 use super::gram::multiply_keys;
 use super::parcel::{exchange, new_parcel};
 use super::planes::Fetcher;
@@ -73,9 +73,8 @@ pub(crate) fn prepare_chunks<F: Float, B: Float, G: Float>(
     let finds_gates = block == BLOCKS;
     if finds_gates {
         let raw = read_gates(beta, g, beta_at, g_at, place, group, lane, bp);
-        let gates = gates_of(&raw, a_log, dt_bias, lower_bound, place, group, lane, bp);
-        let at = Target::of_stage(group, bp).factors + comptime!(bp.gates_at());
-        leave_gates(factors, at, &gates, lane, bp);
+        let to = Target::of_stage(group, bp);
+        find_gates(factors, &raw, a_log, dt_bias, lower_bound, place, group, to, lane, bp);
     }
     sync_cube();
     if group > 0 {
@@ -122,13 +121,12 @@ pub(crate) fn prepare_chunks<F: Float, B: Float, G: Float>(
             sync_cube();
         }
         let to = Target::of_stage(at_stage, bp);
-        let gates = gates_at(factors, to.factors + comptime!(bp.gates_at()), bp);
+        let gates = gates_from(factors, to.gates(bp), bp);
         finish::<F>(mma, tile, factors, leaves, &products, &gates, scale, next as usize, to, block, lane, bp);
         let to = (after % stages) as usize;
         if finds_gates {
-            let gates = gates_of(&later, a_log, dt_bias, lower_bound, place, after as usize, lane, bp);
-            let at = Target::of_stage(to, bp).factors + comptime!(bp.gates_at());
-            leave_gates(factors, at, &gates, lane, bp);
+            let to = Target::of_stage(to, bp);
+            find_gates(factors, &later, a_log, dt_bias, lower_bound, place, after as usize, to, lane, bp);
         }
         exchange::<F>(
             &mut parcel,

@@ -125,6 +125,14 @@ pub(crate) struct Gates {
     pub(crate) total: f32,
 }
 
+#[cube]
+impl Gates {
+    /// Where nothing decays.
+    fn of_beta(beta: PerStep) -> Self {
+        Gates { beta, sum: PerStep::new_Same(0.0f32), split: PerStep::new_Same(1.0f32), total: 0.0f32 }
+    }
+}
+
 /// From what the caller holds to what the chunk needs.
 #[cube]
 pub(crate) fn gates(
@@ -157,12 +165,7 @@ pub(crate) fn gates(
             total,
         }
     } else {
-        Gates {
-            beta: PerStep::new_Lane(beta),
-            sum: PerStep::new_Same(0.0f32),
-            split: PerStep::new_Same(1.0f32),
-            total: 0.0f32,
-        }
+        Gates::of_beta(PerStep::new_Lane(beta))
     }
 }
 
@@ -184,7 +187,7 @@ pub(crate) fn leave_gates(
 
 /// The gates that lie there.
 #[cube]
-pub(crate) fn gates_at(memory: &SharedMemory<f32>, at: usize, #[comptime] bp: Blueprint) -> Gates {
+pub(crate) fn gates_from(memory: &SharedMemory<f32>, at: usize, #[comptime] bp: Blueprint) -> Gates {
     if comptime!(bp.spec.decay == Decay::Head) {
         Gates {
             beta: PerStep::new_Memory(at),
@@ -193,12 +196,7 @@ pub(crate) fn gates_at(memory: &SharedMemory<f32>, at: usize, #[comptime] bp: Bl
             total: memory[at + comptime!(2 * CHUNK - 1)],
         }
     } else {
-        Gates {
-            beta: PerStep::new_Memory(at),
-            sum: PerStep::new_Same(0.0f32),
-            split: PerStep::new_Same(1.0f32),
-            total: 0.0f32,
-        }
+        Gates::of_beta(PerStep::new_Memory(at))
     }
 }
 
