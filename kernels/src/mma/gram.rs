@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::blueprint::{BLOCKS, Blueprint, TILE};
 use super::stage::{Place, Source, StagedStrides, keys_of, queries_of};
 use super::tile::{
-    AHEAD, Acc, Frag, Mma, Tile, V2, V4, V8, as_right, by_columns, by_depth, load, mma2, unpack, zeros,
+    AHEAD, Acc, Frag, Mma, Right, Tile, V2, V4, V8, by_columns, by_depth, load, mma2, multiply, zeros,
 };
 use crate::known::known_or;
 
@@ -121,35 +121,30 @@ pub(crate) fn products_of_chunk<F: Float>(
             #[unroll]
             for b in 0..blocks {
                 let at = comptime!(2 * ((i - 1) * blocks + b));
-                let lo = unpack::<F>(Vector::reinterpret(*rows.index(at)));
-                let hi = unpack::<F>(Vector::reinterpret(*rows.index(comptime!(at + 1))));
                 #[unroll]
                 for step in 0..2usize {
                     let mut f = Frag::<F>::new(4usize);
-                    f[0] = lo[comptime!(2 * step)];
-                    f[1] = hi[comptime!(2 * step)];
-                    f[2] = lo[comptime!(2 * step + 1)];
-                    f[3] = hi[comptime!(2 * step + 1)];
-                    left.push(f);
-                }
-                if comptime!(bp.spec.qk_l2norm) {
                     #[unroll]
                     for e in 0..4usize {
-                        squares[comptime!(2 * b)] += square::<F>(lo[e]);
-                        squares[comptime!(2 * b + 1)] += square::<F>(hi[e]);
+                        let row = rows.index(comptime!(at + e % 2));
+                        f[e] = Vector::reinterpret(row[comptime!(2 * step + e / 2)]);
+                        if comptime!(bp.spec.qk_l2norm) {
+                            squares[comptime!(2 * b + e % 2)] += square::<F>(f[e]);
+                        }
                     }
+                    left.push(f);
                 }
             }
             #[unroll]
             for j in 0..BLOCKS {
                 #[unroll]
                 for step in 0..2usize {
-                    let right = as_right::<F>(left.index(comptime!(2 * j + step)));
+                    let right = Right::<F>::of_left(left.index(comptime!(2 * j + step)));
                     #[unroll]
                     for b in 0..blocks {
                         if comptime!(j < bp.seen_blocks(b)) {
                             let (a, to) = comptime!((2 * b + step, 2 * (b * BLOCKS + j)));
-                            mma2::<F>(mma, &left, a, 0usize, &right, &mut products, to, 0usize, 1usize);
+                            multiply::<F>(mma, left.index(a), &right, &mut products, to);
                         }
                     }
                 }

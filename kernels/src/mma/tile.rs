@@ -100,24 +100,53 @@ pub(crate) fn unpack<F: Float>(x: Vector<F, V8>) -> Frag<F> {
     f
 }
 
-/// A left operand as a right one, its rows as columns; or the reverse.
-#[cube]
-pub(crate) fn as_right<F: Float>(left: &Frag<F>) -> Frag<F> {
-    let mut f = Frag::<F>::new(4usize);
-    f[0] = left[0];
-    f[1] = left[2];
-    f[2] = left[1];
-    f[3] = left[3];
-    f
+/// Two right operands of 8 columns, side by side, each at the front of an array.
+#[derive(CubeType)]
+pub(crate) struct Right<F: Float> {
+    pub(crate) first: Frag<F>,
+    pub(crate) second: Frag<F>,
 }
 
-/// The second of a pair of right operands. The first needs no copy: an instruction takes what it needs from the front.
 #[cube]
-pub(crate) fn second_half<F: Float>(f: &Frag<F>) -> Frag<F> {
-    let mut b = Frag::<F>::new(2usize);
-    b[0] = f[2];
-    b[1] = f[3];
-    b
+impl<F: Float> Right<F> {
+    fn new(a: Vector<F, V2>, b: Vector<F, V2>, c: Vector<F, V2>, d: Vector<F, V2>) -> Right<F> {
+        let mut first = Frag::<F>::new(2usize);
+        first[0] = a;
+        first[1] = b;
+        let mut second = Frag::<F>::new(2usize);
+        second[0] = c;
+        second[1] = d;
+        Right::<F> { first, second }
+    }
+
+    /// The rows of a left operand as columns.
+    pub(crate) fn of_left(left: &Frag<F>) -> Right<F> {
+        Right::<F>::new(left[0], left[2], left[1], left[3])
+    }
+
+    /// The same of one that [`pack`] has packed.
+    pub(crate) fn unpack(x: Vector<F, V8>) -> Right<F> {
+        let words = Vector::<u32, V4>::reinterpret(x);
+        Right::<F>::new(
+            Vector::reinterpret(words[0]),
+            Vector::reinterpret(words[2]),
+            Vector::reinterpret(words[1]),
+            Vector::reinterpret(words[3]),
+        )
+    }
+}
+
+/// `acc[first + {0, 1}] += a * (both halves of b)`.
+#[cube]
+pub(crate) fn multiply<F: Float>(
+    mma: &Mma<F>,
+    a: &Frag<F>,
+    b: &Right<F>,
+    acc: &mut Sequence<Acc>,
+    #[comptime] first: usize,
+) {
+    mma.execute_inplace(a, &b.first, acc.index_mut(first));
+    mma.execute_inplace(a, &b.second, acc.index_mut(comptime!(first + 1)));
 }
 
 /// Loads four 8 x 8 matrices; each unit passes the address of one row, eight units one matrix.
@@ -145,7 +174,8 @@ pub(crate) fn store<F: Float>(
     mma.store_matrix::<Vector<F, V8>, V2>(&mut row, f, MatrixIdent::Accumulator, 4usize, transposed);
 }
 
-/// `acc[m * stride + first + {0, 1}] += a[m * a_stride + a_first] * (both halves of b)` for every `m < held`.
+/// `acc[m * stride + first + {0, 1}] += a[m * a_stride + a_first] * (both halves of b)` for every `m < held`, b as
+/// [`load`] has loaded it: its first half needs no copy, as an instruction takes what it needs from the front.
 #[cube]
 pub(crate) fn mma2<F: Float>(
     mma: &Mma<F>,
@@ -163,11 +193,13 @@ pub(crate) fn mma2<F: Float>(
         let to = acc.index_mut(comptime!(m * stride + first));
         mma.execute_inplace(a.index(m * a_stride + a_first), b, to);
     }
-    let b = second_half::<F>(b);
+    let mut second = Frag::<F>::new(2usize);
+    second[0] = b[2];
+    second[1] = b[3];
     #[unroll]
     for m in 0..held {
         let to = acc.index_mut(comptime!(m * stride + first + 1));
-        mma.execute_inplace(a.index(m * a_stride + a_first), &b, to);
+        mma.execute_inplace(a.index(m * a_stride + a_first), &second, to);
     }
 }
 

@@ -3,8 +3,8 @@
 use cubecl::prelude::*;
 
 use super::super::blueprint::{BLOCKS, Blueprint};
-use super::super::tile::{Acc, Frag, Mma, Tile, V2, as_right, pack, second_half, zeros};
-use super::{PAIRS, Partial, ROWS, STEPS, Share, Slice, multiply, of_step, scaled, seen_keys, whole_at};
+use super::super::tile::{Acc, Frag, Mma, Right, Tile, V2, multiply, pack, zeros};
+use super::{PAIRS, Partial, ROWS, STEPS, Share, Slice, of_step, scaled, seen_keys, whole_at};
 
 /// All levels but the last: leaves the tile's products of keys, and of queries, with keys, and its decay; and of the first
 /// tile the keys that the second sees. The share's groups are the tile then.
@@ -27,10 +27,10 @@ pub(crate) fn leave_levels<F: Float>(
     for step in 0..STEPS {
         let (k, q) = (of_step(&share.k, step), of_step(&share.q, step));
         let by = of_step(&share.from, step);
-        let right = as_right(&k);
-        mma.execute_inplace(&scaled::<F>(&k, &by, 1usize, true), &right, keys.index_mut(0usize));
-        mma.execute_inplace(&scaled::<F>(&q, &by, 1usize, false), &right, queries.index_mut(0usize));
-        mma.execute_inplace(&q, &second_half::<F>(&right), queries.index_mut(1usize));
+        let right = Right::<F>::of_left(&k);
+        mma.execute_inplace(&scaled::<F>(&k, &by, 1usize, true), &right.first, keys.index_mut(0usize));
+        mma.execute_inplace(&scaled::<F>(&q, &by, 1usize, false), &right.first, queries.index_mut(0usize));
+        mma.execute_inplace(&q, &right.second, queries.index_mut(1usize));
     }
     #[unroll]
     for p in 0..PAIRS {
@@ -55,7 +55,7 @@ pub(crate) fn leave_levels<F: Float>(
             }
             let k = scaled::<F>(&of_step(&share.k, step), &by, 0usize, true);
             let q = scaled::<F>(&of_step(&share.q, step), &by, 0usize, false);
-            multiply::<F>(mma, &q, &as_right(&k), &mut new_queries);
+            multiply::<F>(mma, &q, &Right::<F>::of_left(&k), &mut new_queries, 0usize);
             scaled_keys.push(k);
         }
         keep_level(&mut queries, &new_queries, row, column, h);
@@ -64,7 +64,7 @@ pub(crate) fn leave_levels<F: Float>(
         #[unroll]
         for step in 0..STEPS {
             let k = scaled_keys.index(step);
-            multiply::<F>(mma, k, &as_right(k), &mut new_keys);
+            multiply::<F>(mma, k, &Right::<F>::of_left(k), &mut new_keys, 0usize);
         }
         keep_level(&mut keys, &new_keys, row, column, h);
         join::<F>(share, second, at.lane, h);

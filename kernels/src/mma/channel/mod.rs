@@ -30,7 +30,7 @@ use cubecl::prelude::*;
 
 use super::blueprint::{BLOCKS, Blueprint, CHUNK, PREPARE_PLANES, SLICE, TILE};
 use super::stage::{Place, Source, StagedStrides, keys_of, queries_of};
-use super::tile::{Acc, Frag, Mma, V2, V4, V8, second_half, unpack};
+use super::tile::{Frag, V2, V4, V8, unpack};
 use crate::known::known_or;
 use crate::math::{decay_of, gate_constants};
 use crate::record::Strides;
@@ -214,13 +214,6 @@ fn scaled<F: Float>(
         }
     }
     y
-}
-
-/// Adds the products of 16 rows with 16 keys.
-#[cube]
-fn multiply<F: Float>(mma: &Mma<F>, left: &Frag<F>, right: &Frag<F>, sums: &mut Sequence<Acc>) {
-    mma.execute_inplace(left, right, sums.index_mut(0usize));
-    mma.execute_inplace(left, &second_half::<F>(right), sums.index_mut(1usize));
 }
 
 /// Where the first tile leaves the keys that the second sees.

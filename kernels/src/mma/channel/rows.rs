@@ -4,8 +4,8 @@ use cubecl::prelude::*;
 
 use super::super::blueprint::{BLOCKS, Blueprint, CHANNELS_AT, CHUNK};
 use super::super::gram::{over_row, square};
-use super::super::tile::{Mma, Tile, V2, V8, as_right, pack, unpack, zeros};
-use super::{PAIRS, Partial, ROWS, STEPS, Share, Slice, multiply, of_step, scaled, seen_keys, whole_at};
+use super::super::tile::{Mma, Right, Tile, V2, V8, multiply, pack, zeros};
+use super::{PAIRS, Partial, ROWS, STEPS, Share, Slice, of_step, scaled, seen_keys, whole_at};
 
 /// The last level: leaves the second tile's products with the first one's keys; the squares of norms, if asked for; the
 /// record's rows, decayed from the start of the chunk, and keys to its end; and the decay of the whole chunk.
@@ -26,12 +26,12 @@ pub(crate) fn leave_rows<F: Float>(
         let mut queries = zeros(2usize);
         #[unroll]
         for step in 0..STEPS {
-            let right = as_right(&unpack::<F>(tile[seen_keys(at, step, bp)]));
+            let right = Right::<F>::unpack(tile[seen_keys(at, step, bp)]);
             let by = of_step(&share.from, step);
             let k = scaled::<F>(&of_step(&share.k, step), &by, 0usize, false);
             let q = scaled::<F>(&of_step(&share.q, step), &by, 0usize, false);
-            multiply::<F>(mma, &k, &right, &mut keys);
-            multiply::<F>(mma, &q, &right, &mut queries);
+            multiply::<F>(mma, &k, &right, &mut keys, 0usize);
+            multiply::<F>(mma, &q, &right, &mut queries, 0usize);
         }
         partial.leave(&keys, at, 1u32, 0u32);
         partial.leave(&queries, at, comptime!(BLOCKS as u32 + 1), 0u32);
