@@ -21,6 +21,11 @@ pub(crate) struct Emulated {
 /// order.
 static COMPILED: Mutex<Option<HashMap<String, Emulated>>> = Mutex::new(None);
 
+/// Whether there is the host's C++ compiler, `g++`.
+pub fn can_emulate() -> bool {
+    Command::new("g++").arg("--version").output().is_ok()
+}
+
 /// Runs `kernel` on buffers in host memory.
 ///
 /// # Errors

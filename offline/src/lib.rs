@@ -8,5 +8,6 @@ mod emulate;
 mod nvrtc;
 mod runtime;
 
+pub use emulate::can_emulate;
 pub use nvrtc::{Compiled, compile, toolchain};
 pub use runtime::{Generated, OfflineCuda, emulate, take_generated};

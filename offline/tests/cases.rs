@@ -9,14 +9,12 @@ use std::path::Path;
 use common::{case, gradients_by_name, relative_error};
 use cubecl::prelude::*;
 use delta_rule::gpu::{HostDType, backward_host, forward_host};
-use delta_rule_offline::{OfflineCuda, emulate};
+use delta_rule_offline::{OfflineCuda, can_emulate, emulate};
 
 #[test]
 fn no_error_exceeds_that_of_fla() {
-    if std::process::Command::new("g++").arg("--version").output().is_err() {
-        assert!(std::env::var_os("CI").is_none(), "CI needs g++");
-        common::skipped("there is no g++");
-        return;
+    if !can_emulate() {
+        return common::missing("there is no g++");
     }
     emulate(false);
     let client = OfflineCuda::client(&Default::default());

@@ -9,7 +9,7 @@ mod skip;
 mod tensors;
 
 pub(crate) use select::{Axis, select};
-pub(crate) use skip::skipped;
+pub(crate) use skip::{missing, skipped};
 pub(crate) use tensors::{Generator, Tensors};
 
 use delta_rule::{Decay, Gradients, Problem, Real, Rule, Shape};

@@ -22,8 +22,8 @@ pub(crate) fn open<R: Runtime>(name: &str, in_ci: bool) -> Option<ComputeClient<
     match client::<R>(&Default::default()) {
         Ok(client) => Some(client),
         Err(e) => {
-            assert!(!in_ci || std::env::var_os("CI").is_none(), "CI needs a {name} device: {e}");
-            crate::sample::skipped(format_args!("{name}: {e}"));
+            let say = if in_ci { crate::sample::missing } else { crate::sample::skipped };
+            say(format_args!("{name}: {e}"));
             None
         }
     }

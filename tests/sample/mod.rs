@@ -5,7 +5,7 @@
 #[path = "../common/skip.rs"]
 mod skip;
 
-pub(crate) use skip::skipped;
+pub(crate) use skip::{missing, skipped};
 
 use delta_rule::{
     Decay, Gradients, Ident, Inputs, Options, Output, OutputGradients, Problem, Real, Rule, Shape, reference,

@@ -11,7 +11,7 @@ use delta_rule::gpu::{DTypes, DeviceInputs, DeviceOutputGradients, backward, for
 use delta_rule::{Decay, GateTransform, Ident, Options, Problem, Rule, Shape};
 use delta_rule_offline::{Compiled, Generated, OfflineCuda, compile, take_generated, toolchain};
 use rayon::prelude::*;
-use skip::skipped;
+use skip::missing;
 
 pub(crate) const RULES: [Rule; 5] = [
     Rule::deltanet(),
@@ -111,11 +111,7 @@ pub(crate) fn compile_all() -> Option<Vec<(Generated, Compiled)>> {
 pub(crate) fn compile_with_spills(most: u32) -> Option<Vec<(Generated, Compiled)>> {
     let kernels = take_generated();
     let Some(root) = toolchain() else {
-        assert!(
-            std::env::var_os("CI").is_none(),
-            "CI needs NVRTC and ptxas: set CUDA_PATH and LD_LIBRARY_PATH"
-        );
-        skipped("no NVRTC and ptxas under CUDA_PATH");
+        missing("no NVRTC and ptxas: CUDA_PATH and LD_LIBRARY_PATH lead to none");
         return None;
     };
     let mut failures = Vec::new();
