@@ -3,9 +3,9 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{BLOCKS, Blueprint};
-use super::chunk::{Target, find_gates, finish};
+use super::chunk::{Target, finish};
 use super::fetch::{store_chunk, store_last};
-use super::gates::{Raw, gates_from, read_gates};
+use super::gates::{Raw, gates_from, gates_of, leave_gates, read_gates};
 use super::gram::multiply_keys;
 use super::parcel::{exchange, new_parcel};
 use super::planes::Fetcher;
@@ -150,4 +150,22 @@ pub(crate) fn prepare_chunks<F: Float, B: Float, G: Float>(
         sync_cube();
     }
     store_last::<F>(tile, o, o_at, place, next as usize, fetcher, bp);
+}
+
+/// Finds the gates of chunk `c`, and leaves them with it.
+#[cube]
+fn find_gates(
+    factors: &mut SharedMemory<f32>,
+    raw: &Raw,
+    a_log: &Array<f32>,
+    dt_bias: &Array<f32>,
+    lower_bound: f32,
+    place: &Place,
+    c: usize,
+    to: Target,
+    lane: usize,
+    #[comptime] bp: Blueprint,
+) {
+    let gates = gates_of(raw, a_log, dt_bias, lower_bound, place, c, lane, bp);
+    leave_gates(factors, to.gates(bp), &gates, lane, bp);
 }

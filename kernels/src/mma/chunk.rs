@@ -16,13 +16,11 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{BLOCK_UNITS, BLOCKS, Blueprint, CHUNK, DECAY_AT, ERASE_BLOCK, READ_AT, TILE};
-use super::gates::{Gates, Raw, gates, leave_gates};
+use super::gates::Gates;
 use super::gram::Gram;
 use super::inverse::leave_inverse;
-use super::stage::Place;
 use super::tile::{Acc, Mma, Tile, V2, in_block, scale_columns, store, to_frag};
 use crate::known::{known_and, known_or};
-use crate::math::gate_constants;
 use crate::spec::Decay;
 
 /// A per-row value of this plane's rows, at the columns of its accumulator `n` of 2.
@@ -139,40 +137,6 @@ impl Target {
     pub(crate) fn gates(&self, #[comptime] bp: Blueprint) -> usize {
         self.factors + comptime!(bp.gates_at())
     }
-}
-
-/// The gates of chunk `c`.
-#[cube]
-pub(crate) fn gates_of(
-    raw: &Raw,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
-    lower_bound: f32,
-    place: &Place,
-    c: usize,
-    lane: usize,
-    #[comptime] bp: Blueprint,
-) -> Gates {
-    let (a, bias) = gate_constants(a_log, dt_bias, place.hv, 0usize, bp.spec);
-    gates(raw, a, bias, lower_bound, place, c, lane, bp)
-}
-
-/// Finds them, and leaves them with the chunk, beside a scan.
-#[cube]
-pub(crate) fn find_gates(
-    factors: &mut SharedMemory<f32>,
-    raw: &Raw,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
-    lower_bound: f32,
-    place: &Place,
-    c: usize,
-    to: Target,
-    lane: usize,
-    #[comptime] bp: Blueprint,
-) {
-    let gates = gates_of(raw, a_log, dt_bias, lower_bound, place, c, lane, bp);
-    leave_gates(factors, to.gates(bp), &gates, lane, bp);
 }
 
 /// Turns the products of row block `block` into blocks and factors.

@@ -6,7 +6,7 @@ use super::blueprint::{Blueprint, CHUNK};
 use super::stage::Place;
 use super::tile::V2;
 use crate::known::known_and;
-use crate::math::{beta_of, log_decay_of};
+use crate::math::{beta_of, gate_constants, log_decay_of};
 use crate::record::Strides;
 use crate::spec::{BetaMap, Decay};
 
@@ -133,18 +133,19 @@ impl Gates {
     }
 }
 
-/// From what the caller holds to what the chunk needs.
+/// From what the caller holds to what chunk `c` needs.
 #[cube]
-pub(crate) fn gates(
+pub(crate) fn gates_of(
     raw: &Raw,
-    a_log: f32,
-    bias: f32,
+    a_log: &Array<f32>,
+    dt_bias: &Array<f32>,
     lower_bound: f32,
     place: &Place,
     c: usize,
     lane: usize,
     #[comptime] bp: Blueprint,
 ) -> Gates {
+    let (a, bias) = gate_constants(a_log, dt_bias, place.hv, 0usize, bp.spec);
     let n_h = comptime!(bp.spec.micro_steps as u32);
     let step = step_of(c, lane);
     let valid = step < place.steps as u32;
@@ -153,7 +154,7 @@ pub(crate) fn gates(
         beta = select(valid, beta, 0.0f32);
     }
     if comptime!(bp.spec.decay == Decay::Head) {
-        let g = f32::max(log_decay_of(raw.g, a_log, bias, lower_bound, bp.spec.gate), LOWEST);
+        let g = f32::max(log_decay_of(raw.g, a, bias, lower_bound, bp.spec.gate), LOWEST);
         let sum = running_sum(select(valid && step % n_h == 0, g, 0.0f32), lane);
         let total = plane_shuffle(sum, 31u32);
         let middle = plane_shuffle(sum, 15u32);

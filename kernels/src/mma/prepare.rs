@@ -4,8 +4,8 @@ use cubecl::prelude::*;
 
 use super::blueprint::{BLOCK_UNITS, Blueprint, PREPARE_PLANES};
 use super::channel::{Partial, SEEN_UNITS, Slice, leave_levels, leave_rows, read_share};
-use super::chunk::{Target, finish, finish_all, gates_of};
-use super::gates::{Raw, read_beta, read_gates};
+use super::chunk::{Target, finish, finish_all};
+use super::gates::{Raw, gates_of, read_beta, read_gates};
 use super::gram::products_of_chunk;
 use super::inverse::new_leaves;
 use super::new_factors;
