@@ -7,15 +7,23 @@
 
 use cubecl::prelude::*;
 
+use crate::known::known_or;
 use crate::record::{F4, StateStrides};
 use crate::spec::Spec;
 
-/// Rows of $S^T$ that a cube takes, and parts into which a unit's column of A is dealt.
+/// Rows of $S^T$ that a cube takes, and parts into which the rows of A are dealt.
 const ROWS: usize = 8;
+/// Rows of A that a unit multiplies by at a time.
+const STEP: usize = 4;
 
 /// Units of a cube: one for four columns and a part of the rows of A.
 pub fn units(spec: &Spec) -> usize {
-    ROWS * spec.key_dim / 4
+    ROWS * columns(spec)
+}
+
+/// Columns of a state, four at a time.
+fn columns(spec: &Spec) -> usize {
+    spec.key_dim / 4
 }
 
 /// Cubes that share the rows of one head.
@@ -23,8 +31,8 @@ pub fn tiles(spec: &Spec) -> usize {
     spec.value_dim / ROWS
 }
 
-/// Unit `u` sums over rows `u % 8`, `u % 8 + 8`, ... of A for columns `4 (u / 8)` and the next, and keeps these
-/// columns of row `u % 8`.
+/// Unit `u` has four columns, those of neighbours lie side by side, and part `p = u / columns`. It multiplies rows `4 p` to
+/// `4 p + 3` of A, `4 (p + 8)` and so on, and keeps row `p` of the state.
 ///
 /// Cube `p` takes rows `8 (p % tiles)` and the next, head `p / tiles % heads` and sequence `p / (tiles * heads)`.
 /// The inner segments of sequence n are those from `table[inner_at + n]` to `table[inner_at + n + 1]`.
@@ -46,8 +54,9 @@ pub fn combine(
     }
     let n = cube / (tiles * heads as usize);
     let hv = cube / tiles % heads as usize;
-    let part = UNIT_POS as usize % ROWS;
-    let column = UNIT_POS as usize / ROWS;
+    let columns = comptime!(columns(&spec));
+    let part = UNIT_POS_X as usize / columns;
+    let column = UNIT_POS_X as usize % columns;
     let row = cube % tiles * ROWS + part;
 
     let mut own = F4::new(0.0f32);
@@ -58,68 +67,83 @@ pub fn combine(
             own[e] = initial_state[from + (4 * column + e) * initial_at.k as usize];
         }
     }
-    // Rows of odd length, for the banks.
-    let ld = comptime!(spec.key_dim + 1);
-    let mut state = SharedMemory::<f32>::new(comptime!(ROWS * ld));
-    let slot = comptime!((spec.value_dim + spec.key_dim) * spec.key_dim / 4);
-    let own_at = row * comptime!(spec.key_dim / 4) + column;
-    let transfer_at = comptime!(spec.value_dim * spec.key_dim / 4) + column;
+    let mut state = SharedMemory::<F4>::new(comptime!(ROWS * columns));
+    let mut products = SharedMemory::<F4>::new(comptime!(ROWS * ROWS * columns));
+    let mut ahead = Array::<F4>::new(STEP);
+    let slot = comptime!((spec.value_dim + spec.key_dim) * columns);
+    let own_at = row * columns + column;
+    let transfer_at = comptime!(spec.value_dim * columns) + column;
     for segment in table[inner_at as usize + n]..table[inner_at as usize + n + 1] {
         let at = (segment as usize * heads as usize + hv) * slot;
-        #[unroll]
-        for e in 0..4usize {
-            state[part * ld + 4 * column + e] = own[e];
+        state[part * columns + column] = own;
+        // Of a short A there are parts without rows.
+        if known_or(spec.key_dim >= STEP * ROWS, part < comptime!(spec.key_dim / STEP)) {
+            ask_for(&mut ahead, slots, at + transfer_at, part, spec);
         }
-        sync_cube();
         let written = slots[at + own_at];
-        slots[at + own_at] = own;
-        own = written + times_transfer(&state, slots, at + transfer_at, part, spec);
         sync_cube();
+        slots[at + own_at] = own;
+        multiply_part(&state, &mut products, slots, at + transfer_at, part, column, &mut ahead, spec);
+        sync_cube();
+        own = written;
+        #[unroll]
+        for p in 0..ROWS {
+            own += products[(part + comptime!(p * ROWS)) * columns + column];
+        }
     }
     slots[(n * heads as usize + hv) * slot + own_at] = own;
 }
 
-/// $S^T A$ at the row and columns of this unit.
+/// Asks for this unit's columns of the [`STEP`] rows of A from `STEP * step` on.
 #[cube]
-fn times_transfer(
-    state: &SharedMemory<f32>,
+fn ask_for(ahead: &mut Array<F4>, slots: &Array<F4>, at: usize, step: usize, #[comptime] spec: Spec) {
+    let first = at + step * comptime!(STEP * columns(&spec));
+    #[unroll]
+    for i in 0..STEP {
+        ahead[i] = slots[first + comptime!(i * columns(&spec))];
+    }
+}
+
+/// $S^T A$ over one part of the rows of A, `ahead` the first of them.
+#[cube]
+fn multiply_part(
+    state: &SharedMemory<F4>,
+    products: &mut SharedMemory<F4>,
     slots: &Array<F4>,
     at: usize,
     part: usize,
+    column: usize,
+    ahead: &mut Array<F4>,
     #[comptime] spec: Spec,
-) -> F4 {
-    let ld = comptime!(spec.key_dim + 1);
+) {
+    let columns = comptime!(columns(&spec));
     let mut sums = Array::<F4>::new(ROWS);
     #[unroll]
     for r in 0..ROWS {
         sums[r] = F4::new(0.0f32);
     }
-    #[unroll]
-    for i in 0..comptime!(spec.key_dim / ROWS) {
-        let depth = part + comptime!(i * ROWS);
-        let a = slots[at + depth * comptime!(spec.key_dim / 4)];
+    let mut rows = Array::<F4>::new(STEP);
+    let mut step = part;
+    while step < comptime!(spec.key_dim / STEP) {
+        #[unroll]
+        for i in 0..STEP {
+            rows[i] = ahead[i];
+        }
+        if step + ROWS < comptime!(spec.key_dim / STEP) {
+            ask_for(ahead, slots, at, step + ROWS, spec);
+        }
         #[unroll]
         for r in 0..ROWS {
-            sums[r] = fma(F4::new(state[r * ld + depth]), a, sums[r]);
-        }
-    }
-    // Eight units hold parts of eight rows: in three exchanges each gets the sum of the row of its own number.
-    #[unroll]
-    for level in 0..3usize {
-        let half = comptime!(ROWS >> (level + 1));
-        let upper = part / half % 2 == 1;
-        #[unroll]
-        for r in 0..half {
-            let low = sums[r];
-            let high = sums[comptime!(r + half)];
-            let mut sum = F4::new(0.0f32);
+            let s = state[step + comptime!(r * columns)];
             #[unroll]
-            for e in 0..4usize {
-                let given = select(upper, low[e], high[e]);
-                sum[e] = select(upper, high[e], low[e]) + plane_shuffle_xor(given, comptime!(half as u32));
+            for i in 0..STEP {
+                sums[r] = fma(F4::new(s[i]), rows[i], sums[r]);
             }
-            sums[r] = sum;
         }
+        step += ROWS;
     }
-    sums[0]
+    #[unroll]
+    for r in 0..ROWS {
+        products[part * comptime!(ROWS * columns) + comptime!(r * columns) + column] = sums[r];
+    }
 }
