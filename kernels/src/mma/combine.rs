@@ -7,7 +7,6 @@
 
 use cubecl::prelude::*;
 
-use crate::known::known_or;
 use crate::record::{F4, StateStrides};
 use crate::spec::Spec;
 
@@ -55,8 +54,9 @@ pub fn combine(
     let n = cube / (tiles * heads as usize);
     let hv = cube / tiles % heads as usize;
     let columns = comptime!(columns(&spec));
-    let part = UNIT_POS_X as usize / columns;
-    let column = UNIT_POS_X as usize % columns;
+    let unit = UNIT_POS_X as usize;
+    let part = unit / columns;
+    let column = unit % columns;
     let row = cube % tiles * ROWS + part;
 
     let mut own = F4::new(0.0f32);
@@ -75,11 +75,8 @@ pub fn combine(
     let transfer_at = comptime!(spec.value_dim * columns) + column;
     for segment in table[inner_at as usize + n]..table[inner_at as usize + n + 1] {
         let at = (segment as usize * heads as usize + hv) * slot;
-        state[part * columns + column] = own;
-        // Of a short A there are parts without rows.
-        if known_or(spec.key_dim >= STEP * ROWS, part < comptime!(spec.key_dim / STEP)) {
-            ask_for(&mut ahead, slots, at + transfer_at, part, spec);
-        }
+        state[unit] = own;
+        ask_for(&mut ahead, slots, at + transfer_at, part, spec);
         let written = slots[at + own_at];
         sync_cube();
         slots[at + own_at] = own;
@@ -88,19 +85,21 @@ pub fn combine(
         own = written;
         #[unroll]
         for p in 0..ROWS {
-            own += products[(part + comptime!(p * ROWS)) * columns + column];
+            own += products[unit + comptime!(p * ROWS * columns)];
         }
     }
     slots[(n * heads as usize + hv) * slot + own_at] = own;
 }
 
-/// Asks for this unit's columns of the [`STEP`] rows of A from `STEP * step` on.
+/// Asks for this unit's columns of the [`STEP`] rows of A from `STEP * step` on, if A has them.
 #[cube]
 fn ask_for(ahead: &mut Array<F4>, slots: &Array<F4>, at: usize, step: usize, #[comptime] spec: Spec) {
-    let first = at + step * comptime!(STEP * columns(&spec));
-    #[unroll]
-    for i in 0..STEP {
-        ahead[i] = slots[first + comptime!(i * columns(&spec))];
+    if step < comptime!(spec.key_dim / STEP) {
+        let first = at + step * comptime!(STEP * columns(&spec));
+        #[unroll]
+        for i in 0..STEP {
+            ahead[i] = slots[first + comptime!(i * columns(&spec))];
+        }
     }
 }
 
@@ -129,9 +128,7 @@ fn multiply_part(
         for i in 0..STEP {
             rows[i] = ahead[i];
         }
-        if step + ROWS < comptime!(spec.key_dim / STEP) {
-            ask_for(ahead, slots, at, step + ROWS, spec);
-        }
+        ask_for(ahead, slots, at, step + ROWS, spec);
         #[unroll]
         for r in 0..ROWS {
             let s = state[step + comptime!(r * columns)];
