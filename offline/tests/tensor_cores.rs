@@ -31,7 +31,7 @@ fn tensor_core_kernels_compile_without_spills() {
         }
         call(Rule::kda(), 256, dims, bf16_type(), &gates);
     }
-    // Long sequences of few heads are split: the transfer of segments, and the segments.
+    // Long sequences of few heads are split: one kernel for the transfers of segments and for the segments.
     let mut splits = 0;
     let mut split = |rule, tokens, heads, dims, dtype| {
         generate_for(Way::Forward, rule, tokens, heads, dims, dtype, &plain);

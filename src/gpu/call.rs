@@ -211,3 +211,13 @@ pub(super) fn cubes<R: Runtime>(client: &ComputeClient<R>, n: usize) -> CubeCoun
     let x = n.clamp(1, client.properties().hardware.max_cube_count.0 as usize);
     CubeCount::Static(x as u32, n.div_ceil(x).max(1) as u32, 1)
 }
+
+/// A grid of `each` cubes for every sequence: these along x, sequences along y, then z.
+pub(super) fn cubes_by_sequence<R: Runtime>(
+    client: &ComputeClient<R>,
+    sequences: usize,
+    each: usize,
+) -> CubeCount {
+    let y = sequences.clamp(1, client.properties().hardware.max_cube_count.1 as usize);
+    CubeCount::Static(each as u32, y as u32, sequences.div_ceil(y).max(1) as u32)
+}

@@ -4,7 +4,7 @@
 //! side. That is more than twice the work, and pays where whole sequences leave most of the device idle. Shapes decide;
 //! the gates do not.
 
-use delta_rule_kernels::mma::{Blueprint, CHUNK, Pass, combine};
+use delta_rule_kernels::mma::{Blueprint, CHUNK, combine};
 use delta_rule_kernels::{Decay, Spec};
 
 use crate::Problem;
@@ -16,10 +16,8 @@ pub(super) struct Split {
     pub(super) segment: usize,
     /// Segments of all sequences.
     pub(super) count: usize,
-    /// The pass over inner segments.
-    pub(super) transfer: Blueprint,
-    /// The pass over all segments.
-    pub(super) segments: Blueprint,
+    /// The kernel of both passes.
+    pub(super) scan: Blueprint,
 }
 
 // Microseconds on an H200 at K = 128, from docs/performance.md. What depends on K is taken to be in proportion.
@@ -43,12 +41,11 @@ const WORTH: f64 = 0.8;
 /// Bytes of scratch per micro-step and value head that a split may take, records included.
 const MAX_SCRATCH: usize = 1024;
 
-/// The fastest split in blueprints of `transfers` and `segments`, or nothing where `whole` sequences are about as fast.
+/// The fastest split in one of the `blueprints`, or nothing where `whole` sequences are about as fast.
 pub(super) fn split(
     problem: &Problem,
     whole: &Blueprint,
-    transfers: &[Blueprint],
-    segments: &[Blueprint],
+    blueprints: &[Blueprint],
     multiprocessors: usize,
 ) -> Option<Split> {
     let chunks = |n| (problem.sequence(n).len * whole.spec.micro_steps).div_ceil(CHUNK);
@@ -60,7 +57,7 @@ pub(super) fn split(
     };
     let enough = WORTH * work.whole_time(whole);
     let max_scratch = MAX_SCRATCH * problem.shape().batch * problem.steps();
-    let timed = SEGMENTS.into_iter().filter_map(|parts| work.split_time(parts, transfers, segments));
+    let timed = SEGMENTS.into_iter().filter_map(|parts| work.split_time(parts, blueprints));
     timed
         .filter(|(time, split)| *time <= enough && work.scratch(split) <= max_scratch)
         .min_by(|a, b| a.0.total_cmp(&b.0))
@@ -99,39 +96,34 @@ impl Work {
 
     fn whole_time(&self, bp: &Blueprint) -> f64 {
         let chunks = self.share(self.total() * bp.value_tiles()).max(self.longest() as f64);
-        chunks * chunk_time(bp) + if bp.prepared { self.prepare_time() } else { 0.0 }
+        chunks * chunk_time(bp, 1.0) + if bp.prepared { self.prepare_time() } else { 0.0 }
     }
 
-    /// Cuts the longest sequence into at most `parts`, and takes the fastest blueprint for each pass.
-    fn split_time(
-        &self,
-        parts: usize,
-        transfers: &[Blueprint],
-        segments: &[Blueprint],
-    ) -> Option<(f64, Split)> {
+    /// Cuts the longest sequence into at most `parts`, and takes the fastest blueprint.
+    fn split_time(&self, parts: usize, blueprints: &[Blueprint]) -> Option<(f64, Split)> {
         let longest = self.longest();
         let segment = longest.div_ceil(parts).max(1).next_multiple_of(alignment(self.spec.micro_steps));
         let inner: usize = self.sequences.iter().map(|&n| inner_segments(n, segment)).sum();
         if inner == 0 {
             return None;
         }
-        let fastest = |bps: &[Blueprint], n: usize| {
-            let time =
-                |bp: &Blueprint| self.share(n * bp.value_tiles()).ceil() * segment as f64 * chunk_time(bp);
-            bps.iter().map(|bp| (time(bp), *bp)).min_by(|a, b| a.0.total_cmp(&b.0))
-        };
         let last = (self.total() - inner * segment).div_ceil(segment);
-        let (transfer_time, transfer) = fastest(transfers, inner)?;
-        let (segments_time, segments) = fastest(segments, inner + last)?;
+        let rounds = |cubes: usize| self.share(cubes).ceil() * segment as f64;
+        let scan_time = |bp: &Blueprint| {
+            rounds(inner * bp.transfer_tiles()) * chunk_time(bp, WITHOUT_READS)
+                + rounds((inner + last) * bp.value_tiles()) * chunk_time(bp, 1.0)
+        };
+        let timed = blueprints.iter().map(|bp| (scan_time(bp), *bp));
+        let (scan_time, scan) = timed.min_by(|a, b| a.0.total_cmp(&b.0))?;
         let steps =
             self.share(inner * combine::tiles(&self.spec)).max(inner_segments(longest, segment) as f64);
-        let time = self.prepare_time() + transfer_time + steps * COMBINE_TIME + segments_time + LAUNCH_TIME;
-        Some((time, Split { segment, count: inner + self.sequences.len(), transfer, segments }))
+        let time = self.prepare_time() + scan_time + steps * COMBINE_TIME + LAUNCH_TIME;
+        Some((time, Split { segment, count: inner + self.sequences.len(), scan }))
     }
 
     /// Bytes of scratch for each head.
     fn scratch(&self, split: &Split) -> usize {
-        let (units, floats) = split.segments.record();
+        let (units, floats) = split.scan.record();
         self.total() * (16 * units + 4 * floats) + split.count * slot_bytes(&self.spec)
     }
 }
@@ -152,7 +144,6 @@ pub(super) fn slot_bytes(spec: &Spec) -> usize {
     4 * (spec.value_dim + spec.key_dim) * spec.key_dim
 }
 
-fn chunk_time(bp: &Blueprint) -> f64 {
-    let share = if bp.pass == Pass::Transfer { WITHOUT_READS } else { 1.0 };
+fn chunk_time(bp: &Blueprint, share: f64) -> f64 {
     CHUNK_TIME + ROW_TIME * share * (bp.value_tile * bp.spec.key_dim) as f64 / 128.0
 }

@@ -28,10 +28,9 @@ pub(crate) const BLOCK_UNITS: usize = 32;
 pub enum Pass {
     /// All of each, from the initial to the final state.
     Whole,
-    /// What the inner segments of split sequences do to any state: V rows of $S^T$ from zero, K rows from the identity
-    /// with values of zero, and no outputs.
-    Transfer,
-    /// Every segment, from the state that `combine` has found for it.
+    /// Segments of split sequences. First what the inner ones do to any state, their transfer: V rows of $S^T$ from zero, K
+    /// rows from the identity with values of zero, and no outputs. Then all of them, each from the state that `combine` has
+    /// found for it. One kernel takes both, since it takes longer to compile than most calls take.
     Segments,
     /// The states and residuals once more, for the backward.
     Replay,
@@ -102,19 +101,25 @@ impl Blueprint {
         self.groups + 2
     }
 
-    /// Rows of $S^T$ for one head: value channels, then those of the transfer.
-    pub fn rows(&self) -> usize {
-        self.spec.value_dim + if self.pass == Pass::Transfer { self.spec.key_dim } else { 0 }
+    /// Rows of $S^T$ in the transfer of a segment: value channels, then those from the identity.
+    pub(crate) fn transfer_rows(&self) -> usize {
+        self.spec.value_dim + self.spec.key_dim
     }
 
-    /// Cubes that share the rows of one head.
+    /// Cubes that share the value channels of one head.
     pub fn value_tiles(&self) -> usize {
-        self.rows().div_ceil(self.value_tile)
+        self.spec.value_dim.div_ceil(self.value_tile)
+    }
+
+    /// Cubes that share the transfer of a segment of one head.
+    pub fn transfer_tiles(&self) -> usize {
+        self.transfer_rows().div_ceil(self.value_tile)
     }
 
     /// Whether every plane that holds rows has all of its own.
     pub(crate) fn tiles_are_whole(&self) -> bool {
-        self.rows().is_multiple_of(self.value_tile)
+        self.spec.value_dim.is_multiple_of(self.value_tile)
+            && (self.pass != Pass::Segments || self.transfer_rows().is_multiple_of(self.value_tile))
     }
 
     /// The same for one direction of `sweep`.
@@ -144,7 +149,7 @@ impl Blueprint {
         (rows + self.recorded().chunk_blocks() * BLOCK_UNITS, self.factors())
     }
 
-    /// Records hold what reads need even for a pass that does not read.
+    /// The pass that the records are made for.
     pub fn recorded(&self) -> Self {
         Self { pass: if self.pass.is_backward() { Pass::Unwind } else { Pass::Whole }, ..*self }
     }
@@ -156,7 +161,7 @@ impl Blueprint {
     /// 16-row tiles of queries in a chunk.
     pub(crate) fn read_blocks(&self) -> usize {
         match (self.pass, self.spec.micro_steps) {
-            (Pass::Transfer | Pass::Replay, _) => 0,
+            (Pass::Replay, _) => 0,
             (_, 1) => BLOCKS,
             _ => 1,
         }
@@ -178,9 +183,9 @@ impl Blueprint {
         self.key_steps() * (BLOCKS + self.state_reads())
     }
 
-    /// Those of queries that are multiplied by the state.
+    /// Those of queries that are multiplied by the state along with the keys.
     pub(crate) fn state_reads(&self) -> usize {
-        if self.pass.is_backward() { 0 } else { self.read_blocks() }
+        if self.pass == Pass::Whole { self.read_blocks() } else { 0 }
     }
 
     /// Steps of a product over the key channels.
@@ -234,9 +239,8 @@ impl Blueprint {
         self.output_rows() * self.value_row()
     }
 
-    /// Where right operand `i` of the products with [K; Q] lies: key step by key step, all rows in each.
-    pub(crate) fn row_fragment(&self, i: usize) -> usize {
-        let blocks = BLOCKS + self.state_reads();
+    /// Where right operand `i` of the products with `blocks` tiles of [K; Q] lies: key step by key step, all rows in each.
+    pub(crate) fn row_fragment(&self, i: usize, blocks: usize) -> usize {
         2 * (i / blocks) + i % blocks * TILE * self.key_row()
     }
 

@@ -7,6 +7,7 @@
 
 use cubecl::prelude::*;
 
+use super::stage::along_y;
 use crate::record::{F4, StateStrides};
 use crate::spec::Spec;
 
@@ -33,8 +34,8 @@ pub fn tiles(spec: &Spec) -> usize {
 /// Unit `u` has four columns, those of neighbours lie side by side, and part `p = u / columns`. It multiplies rows `4 p` to
 /// `4 p + 3` of A, `4 (p + 8)` and so on, and keeps row `p` of the state.
 ///
-/// Cube `p` takes rows `8 (p % tiles)` and the next, head `p / tiles % heads` and sequence `p / (tiles * heads)`.
-/// The inner segments of sequence n are those from `table[inner_at + n]` to `table[inner_at + n + 1]`.
+/// Cube (x, n) takes rows `8 (x % tiles)` and the next of head `x / tiles` and sequence n, whose inner segments are those
+/// from `table[inner_at + n]` to `table[inner_at + n + 1]`.
 #[cube(launch_unchecked, address_type = "u64")]
 pub fn combine(
     initial_state: &Array<f32>,
@@ -46,18 +47,17 @@ pub fn combine(
     heads: u32,
     #[comptime] spec: Spec,
 ) {
-    let tiles = comptime!(tiles(&spec));
-    let cube = CUBE_POS;
-    if cube >= (sequences * heads) as usize * tiles {
+    let n = along_y() as usize;
+    if n >= sequences as usize {
         terminate!();
     }
-    let n = cube / (tiles * heads as usize);
-    let hv = cube / tiles % heads as usize;
+    let tiles = comptime!(tiles(&spec));
+    let hv = CUBE_POS_X as usize / tiles;
     let columns = comptime!(columns(&spec));
     let unit = UNIT_POS_X as usize;
     let part = unit / columns;
     let column = unit % columns;
-    let row = cube % tiles * ROWS + part;
+    let row = CUBE_POS_X as usize % tiles * ROWS + part;
 
     let mut own = F4::new(0.0f32);
     if comptime!(spec.has_initial_state) {

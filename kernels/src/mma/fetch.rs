@@ -137,7 +137,7 @@ pub(crate) fn store_chunk<F: Float>(
     }
     let to = to + place.v0 as u32 / 8;
     let idle = comptime!(bp.group_units() - bp.storing_units());
-    if known_or(idle == 0, unit >= idle) {
+    if known_or(idle == 0, unit >= idle) && known_or(bp.pass != Pass::Segments, !place.transfer) {
         store_rows::<F>(tile, at, out, to, stride, end, place, unit - idle, bp);
     }
 }

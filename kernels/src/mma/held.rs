@@ -127,7 +127,12 @@ pub(crate) fn begin_reading<F: Float>(
     let mut right = Sequence::<Frag<F>>::new();
     #[unroll]
     for i in 0..comptime!(bp.reads_ahead().min(bp.reads())) {
-        right.push(load::<F>(mma, tile, rows + comptime!(bp.row_fragment(i)), false));
+        right.push(load::<F>(
+            mma,
+            tile,
+            rows + comptime!(bp.row_fragment(i, BLOCKS + bp.state_reads())),
+            false,
+        ));
     }
     let mut left = Sequence::<Frag<F>>::new();
     #[unroll]
@@ -179,7 +184,7 @@ pub(crate) fn read_state<F: Float>(
         for j in 0..blocks {
             let i = comptime!(step * blocks + j);
             if comptime!(i + bp.reads_ahead() < bp.reads()) {
-                let next = reading.rows + comptime!(bp.row_fragment(i + bp.reads_ahead()));
+                let next = reading.rows + comptime!(bp.row_fragment(i + bp.reads_ahead(), blocks));
                 reading.right.push(load::<F>(mma, tile, next, false));
             }
             let (left, right) = (&reading.left, reading.right.index(i));
@@ -192,6 +197,55 @@ pub(crate) fn read_state<F: Float>(
             }
         }
         decay_step(state, factors, decay, from, at.lane, step, bp);
+    }
+}
+
+/// $O^T = S^T Q^T$ by itself, before the state decays.
+#[cube]
+pub(crate) fn read_queries<F: Float>(
+    mma: &Mma<F>,
+    tile: &Tile<F>,
+    state: &Sequence<Acc>,
+    base: usize,
+    o: &mut Sequence<Acc>,
+    at: Lane,
+    #[comptime] bp: Blueprint,
+) {
+    let blocks = comptime!(bp.read_blocks());
+    let rows = base + comptime!(bp.q_at()) + by_columns(at.lane, comptime!(bp.key_row()));
+    let total = comptime!(blocks * bp.key_steps());
+    let mut right = Sequence::<Frag<F>>::new();
+    #[unroll]
+    for i in 0..comptime!(bp.ahead().min(total)) {
+        right.push(load::<F>(mma, tile, rows + comptime!(bp.row_fragment(i, blocks)), false));
+    }
+    #[unroll]
+    for step in 0..comptime!(bp.key_steps()) {
+        let mut left = Sequence::<Frag<F>>::new();
+        push_step::<F>(state, &mut left, step, bp);
+        #[unroll]
+        for j in 0..blocks {
+            let i = comptime!(step * blocks + j);
+            if comptime!(i + bp.ahead() < total) {
+                right.push(load::<F>(
+                    mma,
+                    tile,
+                    rows + comptime!(bp.row_fragment(i + bp.ahead(), blocks)),
+                    false,
+                ));
+            }
+            mma2::<F>(
+                mma,
+                &left,
+                0usize,
+                1usize,
+                right.index(i),
+                o,
+                comptime!(2 * j),
+                comptime!(2 * blocks),
+                bp.held,
+            );
+        }
     }
 }
 

@@ -49,7 +49,7 @@ pub use blueprint::{Blueprint, CHUNK, Pass, TILE};
 
 use cubecl::prelude::*;
 
-use crate::known::known_or;
+use crate::known::{known_and, known_or};
 use crate::record::{StateStrides, Strides};
 use beside::prepare_chunks;
 use chunk::Target;
@@ -58,7 +58,7 @@ use held::begin_reading;
 use inverse::new_leaves;
 use planes::Fetcher;
 use scan::scan_chunk;
-use stage::{StagedStrides, place_of_cube};
+use stage::{StagedStrides, place_of_cube, place_of_segment};
 use state::{Lane, load_state, store_state};
 use tile::{Mma, Tile, V8};
 
@@ -76,7 +76,8 @@ fn new_factors(#[comptime] stages: usize, #[comptime] bp: Blueprint) -> SharedMe
 /// are packed.
 ///
 /// Where sequences are split, the table lists `segments` in place of sequences: first the last one of each sequence,
-/// which leaves its final state, then the inner ones, of which alone the transfer is taken.
+/// which leaves its final state, then the inner ones, of which alone the transfer is taken, if `transfer` is 1. They lie
+/// along y, tiles and heads along x.
 #[cube(launch_unchecked, fast_math = FastMath::all(), address_type = "u64")]
 pub fn forward<F: Float, B: Float, G: Float>(
     q: &Array<Vector<F, V8>>,
@@ -103,6 +104,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
     tokens: u32,
     sequences: u32,
     segments: u32,
+    transfer: u32,
     heads: u32,
     group: u32,
     scale: f32,
@@ -110,14 +112,15 @@ pub fn forward<F: Float, B: Float, G: Float>(
     #[comptime] bp: Blueprint,
     #[define(F, B, G)] _types: [StorageType; 3],
 ) {
-    let tiles = comptime!(bp.value_tiles());
-    let first = if comptime!(bp.pass == Pass::Transfer) { sequences } else { 0u32.runtime() };
-    let end = if comptime!(bp.pass == Pass::Whole) { sequences } else { segments };
-    let cube = CUBE_POS + (first * heads) as usize * tiles;
-    if cube >= (end * heads) as usize * tiles {
-        terminate!();
-    }
-    let place = place_of_cube(table, cube, tokens, heads, group, bp);
+    let transfer = known_and(bp.pass == Pass::Segments, transfer != 0);
+    let place = if comptime!(bp.pass == Pass::Segments) {
+        place_of_segment(table, tokens, sequences, segments, heads, group, transfer, bp)
+    } else {
+        if CUBE_POS >= (sequences * heads) as usize * comptime!(bp.value_tiles()) {
+            terminate!();
+        }
+        place_of_cube(table, CUBE_POS, tokens, heads, group, bp)
+    };
     let strides = StagedStrides { q: q_at, k: k_at, v: v_at };
     let stage = comptime!(bp.stage());
     let stages = comptime!(bp.stages());
@@ -147,10 +150,11 @@ pub fn forward<F: Float, B: Float, G: Float>(
             let to = outputs + c % 2 * chunk_outputs;
             let base = at_stage * stage;
             let reading = begin_reading::<F>(&mma, &tile, &state, base, at, bp);
-            scan_chunk::<F>(&mma, &mut tile, &factors, &mut state, reading, base, to, from, at, bp);
+            let reads = !transfer;
+            scan_chunk::<F>(&mma, &mut tile, &factors, &mut state, reading, base, to, from, reads, at, bp);
         }
         sync_cube();
-        if known_or(bp.pass != Pass::Segments, place.n < sequences as usize) {
+        if known_or(bp.pass != Pass::Segments, transfer || place.n < sequences as usize) {
             store_state(&state, final_state, &final_at, &place, at, bp);
         }
     } else if fetcher.works {

@@ -120,7 +120,7 @@ pub(crate) fn exchange<F: Float>(
     if comptime!(holds) {
         put_rows::<F>(parcel, to, at, unit, queries);
     }
-    if sends {
+    if known_or(bp.pass != Pass::Segments, !place.transfer) && sends {
         if comptime!(bp.by_channel()) {
             fetch_all::<F>(records, first + queries_at, parcel, unit, queries);
         } else {
@@ -203,17 +203,17 @@ fn fetch_values<F: Float>(
         last = (seq.tokens - 1 - token0) as u32;
     }
     let from = (v_at.at32(seq.row, first, place.hv) + place.v0 as u32) / 8;
-    // The rows of the transfer, behind the values, write nothing.
-    let transfer = comptime!(bp.pass == Pass::Transfer);
+    // The rows of a transfer, behind the values, write nothing.
+    let segments = comptime!(bp.pass == Pass::Segments);
     let channels = comptime!(bp.spec.value_dim).runtime();
-    let cols = if comptime!(transfer) {
+    let cols = if comptime!(segments) {
         select(place.v0 < channels, channels - place.v0, 0usize) / 8
     } else {
         (channels - place.v0) / 8
     };
     let source = Source { from, stride: v_at.t / 8, last };
     let values = comptime!(value_rows(bp));
-    fetch_rows::<F>(v, source, cols as u32, parcel, unit, values, transfer);
+    fetch_rows::<F>(v, source, cols as u32, parcel, unit, values, segments);
 }
 
 /// Columns from `cols` on repeat the last one, unless they are to be zeros.

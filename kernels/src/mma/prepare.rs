@@ -32,7 +32,7 @@ fn place_of_record(
     } else {
         (chunk / (chunks / sequences)) as usize
     };
-    let place = place_of(table, n, hv, 0usize, tokens, heads, group, bp);
+    let place = place_of(table, n, hv / group as usize, hv, 0usize, tokens, heads, false, bp);
     (place, chunk as usize - place.seq.first_chunk)
 }
 

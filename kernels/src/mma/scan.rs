@@ -7,12 +7,14 @@ use super::blueprint::{
 };
 use super::chunk::Target;
 use super::held::{
-    Reading, add_rows, factor_pair, multiply_leaf, read_state, scale_pair, send_for_rows, store_rows_of,
+    Reading, add_rows, factor_pair, multiply_leaf, read_queries, read_state, scale_pair, send_for_rows,
+    store_rows_of,
 };
 use super::state::Lane;
 use super::tile::{
     Acc, Frag, Mma, Tile, V2, by_columns, by_depth, in_block, load, mma2, scale_columns, to_frag, zeros,
 };
+use crate::known::{known_and, known_or};
 use crate::spec::Decay;
 
 /// N from X: $V^T - e^G X^T$, then block by block as `chunk.rs` says. Consumes X; a replay leaves R in shared memory.
@@ -162,7 +164,7 @@ fn update<F: Float>(
     add_rows::<F>(mma, tile, state, &left, &mut right, keys, BLOCKS, bp);
 }
 
-/// One chunk: writes its outputs, if there are any, and takes the state to its end.
+/// One chunk: writes its outputs, if there are any and the cube `reads`, and takes the state to its end.
 #[cube]
 pub(crate) fn scan_chunk<F: Float>(
     mma: &Mma<F>,
@@ -173,14 +175,18 @@ pub(crate) fn scan_chunk<F: Float>(
     base: usize,
     outputs: usize,
     from: Target,
+    reads: bool,
     at: Lane,
     #[comptime] bp: Blueprint,
 ) {
     let mut x = zeros(comptime!(2 * bp.held * BLOCKS));
     let mut o = zeros(comptime!(2 * bp.held * bp.read_blocks()));
+    if known_and(bp.pass == Pass::Segments, reads) {
+        read_queries::<F>(mma, tile, state, base, &mut o, at, bp);
+    }
     read_state::<F>(mma, tile, factors, state, &mut reading, &mut x, &mut o, from, at, bp);
     let mut n = writes::<F>(mma, tile, factors, &mut x, base, outputs, from, at, bp);
-    if comptime!(bp.read_blocks() > 0) {
+    if known_and(bp.read_blocks() > 0, known_or(bp.pass != Pass::Segments, reads)) {
         read_writes::<F>(mma, tile, factors, &n, &mut o, outputs, from, at, bp);
     }
     update::<F>(mma, tile, factors, state, &mut n, base, from, at, bp);

@@ -23,6 +23,8 @@ pub(crate) struct Place {
     /// Micro-steps of the sequence.
     pub(crate) steps: usize,
     pub(crate) chunks: usize,
+    /// Whether only the transfer of a segment is taken.
+    pub(crate) transfer: bool,
 }
 
 /// Sequence `n`: a row of the batch, or an entry of the table.
@@ -43,30 +45,22 @@ pub(crate) fn sequence_of(
     }
 }
 
-/// Sequence `n`, head `hv` of `heads`, and the value channels from `v0` on.
+/// Sequence `n`, value head `hv` of `heads` with its key head `h`, and the rows of $S^T$ from `v0` on.
 #[cube]
 pub(crate) fn place_of(
     table: &Array<u32>,
     n: usize,
+    h: usize,
     hv: usize,
     v0: usize,
     tokens: u32,
     heads: u32,
-    group: u32,
+    transfer: bool,
     #[comptime] bp: Blueprint,
 ) -> Place {
     let seq = sequence_of(table, n, tokens, bp.packed, bp.spec.micro_steps);
     let steps = seq.tokens * comptime!(bp.spec.micro_steps);
-    Place {
-        seq,
-        n,
-        h: hv / group as usize,
-        hv,
-        heads: heads as usize,
-        v0,
-        steps,
-        chunks: steps.div_ceil(CHUNK),
-    }
+    Place { seq, n, h, hv, heads: heads as usize, v0, steps, chunks: steps.div_ceil(CHUNK), transfer }
 }
 
 /// Value tile `cube % tiles`, head `cube / tiles % heads` and sequence `cube / (tiles * heads)`.
@@ -82,7 +76,44 @@ pub(crate) fn place_of_cube(
     let tiles = comptime!(bp.value_tiles());
     let n = cube / (tiles * heads as usize);
     let hv = cube / tiles % heads as usize;
-    place_of(table, n, hv, cube % tiles * bp.value_tile, tokens, heads, group, bp)
+    place_of(table, n, hv / group as usize, hv, cube % tiles * bp.value_tile, tokens, heads, false, bp)
+}
+
+/// Which sequence or segment of the launch a cube takes, where these lie along y, then z.
+#[cube]
+pub(crate) fn along_y() -> u32 {
+    CUBE_POS_Z * CUBE_COUNT_Y + CUBE_POS_Y
+}
+
+/// A segment along y, with `transfer` an inner one, and along x tile `x % tiles` of head `x / tiles`. How many tiles there
+/// are depends on `transfer`: numbers of cubes in 64 bits would be divided by what the compiler doesn't know, in calls whose
+/// results are spilled.
+#[cube]
+pub(crate) fn place_of_segment(
+    table: &Array<u32>,
+    tokens: u32,
+    sequences: u32,
+    segments: u32,
+    heads: u32,
+    group: u32,
+    transfer: bool,
+    #[comptime] bp: Blueprint,
+) -> Place {
+    let tiles = comptime!(bp.value_tiles() as u32);
+    let mut n = along_y();
+    let mut tile = CUBE_POS_X % tiles;
+    let mut hv = CUBE_POS_X / tiles;
+    if transfer {
+        let tiles = comptime!(bp.transfer_tiles() as u32);
+        n += sequences;
+        tile = CUBE_POS_X % tiles;
+        hv = CUBE_POS_X / tiles;
+    }
+    if n >= segments {
+        terminate!();
+    }
+    let v0 = tile as usize * bp.value_tile;
+    place_of(table, n as usize, (hv / group) as usize, hv as usize, v0, tokens, heads, transfer, bp)
 }
 
 /// Strides of the inputs that are staged.

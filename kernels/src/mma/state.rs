@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::blueprint::{BLOCK_UNITS, Blueprint, Pass, TILE};
 use super::stage::Place;
 use super::tile::{Acc, Frag, V2, V8, pack, zeros};
-use crate::known::known_or;
+use crate::known::{known_and, known_or};
 use crate::record::StateStrides;
 
 /// A plane's place in its cube.
@@ -56,7 +56,7 @@ pub(crate) fn load_state(
     #[comptime] bp: Blueprint,
 ) -> Sequence<Acc> {
     let mut state = zeros(comptime!(2 * bp.held * bp.key_steps()));
-    if comptime!(bp.pass == Pass::Transfer) {
+    if known_and(bp.pass == Pass::Segments, place.transfer) {
         start_transfer(&mut state, place, unit, bp);
     } else if comptime!(bp.spec.has_initial_state) {
         let part = part(at, place, unit, bp);
@@ -65,7 +65,8 @@ pub(crate) fn load_state(
             #[unroll]
             for e in 0..2usize {
                 let mut first = part.origin + comptime!(2 * m + e) * part.values;
-                if known_or(bp.tiles_are_whole(), part.value + comptime!(16 * m + 8 * e) < bp.rows()) {
+                if known_or(bp.tiles_are_whole(), part.value + comptime!(16 * m + 8 * e) < bp.spec.value_dim)
+                {
                     #[unroll]
                     for n in 0..comptime!(2 * bp.key_steps()) {
                         let mut x = Vector::<f32, V2>::cast_from(from[first]);
@@ -84,17 +85,18 @@ pub(crate) fn load_state(
 /// Makes row V + i unit vector i.
 #[cube]
 fn start_transfer(state: &mut Sequence<Acc>, place: &Place, unit: Lane, #[comptime] bp: Blueprint) {
-    let first = first_row(place, unit, bp);
+    let first = (first_row(place, unit, bp) - unit.lane % 4 * 2) as u32 - comptime!(bp.spec.value_dim as u32);
     #[unroll]
     for m in 0..comptime!(bp.held) {
         #[unroll]
         for e in 0..2usize {
-            let row = first + comptime!(16 * m + 8 * e);
+            // The column that is 1, counted from this unit's first; of another unit's it is beyond all columns.
+            let one = first + comptime!((16 * m + 8 * e) as u32);
             #[unroll]
             for n in 0..comptime!(2 * bp.key_steps()) {
-                let column = comptime!(bp.spec.value_dim + 8 * n) + unit.lane % 4 * 2;
-                let mut x = Vector::<f32, V2>::cast_from(select(row == column, 1.0f32, 0.0f32));
-                x[1] = select(row == column + 1, 1.0f32, 0.0f32);
+                let mut x =
+                    Vector::<f32, V2>::cast_from(select(one == comptime!(8 * n as u32), 1.0f32, 0.0f32));
+                x[1] = select(one == comptime!(8 * n as u32 + 1), 1.0f32, 0.0f32);
                 let acc = state.index_mut(comptime!(2 * m * bp.key_steps() + n));
                 acc[e] = x;
             }
@@ -138,12 +140,17 @@ pub(crate) fn store_state(
     #[comptime] bp: Blueprint,
 ) {
     let part = part(at, place, unit, bp);
+    let rows = if known_and(bp.pass == Pass::Segments, place.transfer) {
+        comptime!(bp.transfer_rows()).runtime()
+    } else {
+        comptime!(bp.spec.value_dim).runtime()
+    };
     #[unroll]
     for m in 0..comptime!(bp.held) {
         #[unroll]
         for e in 0..2usize {
             let mut first = part.origin + comptime!(2 * m + e) * part.values;
-            if known_or(bp.tiles_are_whole(), part.value + comptime!(16 * m + 8 * e) < bp.rows()) {
+            if known_or(bp.tiles_are_whole(), part.value + comptime!(16 * m + 8 * e) < rows) {
                 #[unroll]
                 for n in 0..comptime!(2 * bp.key_steps()) {
                     let acc = state.index(comptime!(2 * m * bp.key_steps() + n));

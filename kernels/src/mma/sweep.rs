@@ -186,7 +186,7 @@ fn walk<F: Float>(
             if comptime!(bp.pass == Pass::Unwind) {
                 unwind_chunk::<F>(&mma, tile, factors, &mut state, reading, base, to, from, c == 0, at, bp);
             } else {
-                scan_chunk::<F>(&mma, tile, factors, &mut state, reading, base, to, from, at, bp);
+                scan_chunk::<F>(&mma, tile, factors, &mut state, reading, base, to, from, true, at, bp);
             }
         }
         sync_cube();

@@ -6,7 +6,7 @@ use delta_rule_kernels::mma::{Blueprint, CHUNK, Pass, combine, forward};
 
 use super::{Launches, Records, applies, blueprints, fits_page, most_chunks, scratch, widest_that_fills};
 use crate::Result;
-use crate::gpu::call::{Call, Outputs, Table, array, cubes, strides, written};
+use crate::gpu::call::{Call, Outputs, Table, array, cubes, cubes_by_sequence, strides, written};
 use crate::gpu::split::{Split, slot_bytes, split};
 
 /// What is launched for a call.
@@ -35,11 +35,10 @@ pub(in crate::gpu) fn plan<R: Runtime>(
     let whole =
         widest_that_fills(blueprints(spec, Pass::Whole, packed).filter(fits), heads, multiprocessors)?;
     let segments: Vec<_> = blueprints(spec, Pass::Segments, true).filter(fits).collect();
-    let transfers: Vec<_> = blueprints(spec, Pass::Transfer, true).filter(fits).collect();
     let slots_fit =
         |split: &Split| fits_page(client, slot_bytes(&spec) * split.count * call.problem.shape().value_heads);
-    let split = split(call.problem, &whole, &transfers, &segments, multiprocessors).filter(slots_fit);
-    let forward = split.map_or(whole, |split| split.segments);
+    let split = split(call.problem, &whole, &segments, multiprocessors).filter(slots_fit);
+    let forward = split.map_or(whole, |split| split.scan);
     let records = most_chunks(call) * call.problem.shape().value_heads;
     (!forward.prepared || Records::fit(client, &forward, records)).then_some(Plan { forward, split })
 }
@@ -63,12 +62,17 @@ pub(in crate::gpu) fn launch<R: Runtime>(
     let (segments, chunks) = (on.segments, on.chunks);
     let records = Records::new(client, &bp, if bp.prepared { chunks * heads } else { 0 })?;
     on.prepare(&records, bp);
-    let scan = |bp: Blueprint, sequences: usize, [from, to]: [State<R>; 2]| {
+    let scan = |sequences: usize, transfer: bool, [from, to]: [State<R>; 2]| {
+        let tiles = if transfer { bp.transfer_tiles() } else { bp.value_tiles() };
+        let grid = match bp.pass {
+            Pass::Segments => cubes_by_sequence(client, sequences, heads * tiles),
+            _ => cubes(client, sequences * heads * tiles),
+        };
         // Safety: as above; slots of segments hold V + K rows each.
         unsafe {
             forward::launch_unchecked::<R>(
                 client,
-                cubes(client, sequences * heads * bp.value_tiles()),
+                grid,
                 CubeDim::new_1d(bp.units() as u32),
                 on.arg(Some(&call.q)),
                 on.arg(Some(&call.k)),
@@ -94,6 +98,7 @@ pub(in crate::gpu) fn launch<R: Runtime>(
                 problem.shape().tokens as u32,
                 problem.sequences() as u32,
                 segments as u32,
+                transfer as u32,
                 heads as u32,
                 call.group(),
                 call.scale(),
@@ -105,23 +110,23 @@ pub(in crate::gpu) fn launch<R: Runtime>(
     };
     let initial = || (on.arg(call.initial_state.as_ref()), call.state_strides(call.initial_state.as_ref()));
     let last = || (outputs.final_state.arg(), call.state_strides(Some(&outputs.final_state)));
-    let Some(split) = split else {
-        scan(bp, segments, [initial(), last()]);
+    if split.is_none() {
+        scan(segments, false, [initial(), last()]);
         return Ok(());
-    };
+    }
     let spec = call.spec();
     let slots = scratch(client, slot_bytes(&spec) * segments * heads)?;
     let slots_arg = || array(&slots, slot_bytes(&spec) / 4 * segments * heads);
     let rows = (spec.value_dim + spec.key_dim) as u32;
     let (key_dim, heads_u32) = (spec.key_dim as u32, heads as u32);
     let slot_strides = || StateStridesLaunch::new(heads_u32 * rows * key_dim, rows * key_dim, 1, key_dim);
-    scan(split.transfer, segments - problem.sequences(), [initial(), (slots_arg(), slot_strides())]);
+    scan(segments - problem.sequences(), true, [initial(), (slots_arg(), slot_strides())]);
     // Safety: as above.
     unsafe {
         let (initial_state, initial_at) = initial();
         combine::combine::launch_unchecked::<R>(
             client,
-            cubes(client, problem.sequences() * heads * combine::tiles(&spec)),
+            cubes_by_sequence(client, problem.sequences(), heads * combine::tiles(&spec)),
             CubeDim::new_1d(combine::units(&spec) as u32),
             initial_state,
             on.table(),
@@ -133,7 +138,7 @@ pub(in crate::gpu) fn launch<R: Runtime>(
             spec,
         );
     }
-    scan(bp, segments, [(slots_arg(), slot_strides()), last()]);
+    scan(segments, false, [(slots_arg(), slot_strides()), last()]);
     Ok(())
 }
 

@@ -47,16 +47,15 @@ fn has_instructions<R: Runtime>(client: &ComputeClient<R>, dtype: StorageType) -
 /// Blueprints of one pass, from wide tiles to narrow ones.
 fn blueprints(spec: Spec, pass: Pass, packed: bool) -> impl Iterator<Item = Blueprint> {
     let has_initial_state = match pass {
-        Pass::Whole | Pass::Replay | Pass::Unwind => spec.has_initial_state,
-        Pass::Transfer => false,
         Pass::Segments => true,
+        _ => spec.has_initial_state,
     };
     let spec = Spec { has_initial_state, ..spec };
-    let rows = spec.value_dim + if pass == Pass::Transfer { spec.key_dim } else { 0 };
-    tiles(spec.key_dim, rows).map(move |(value_tile, held)| {
+    tiles(spec.key_dim, spec.value_dim).map(move |(value_tile, held)| {
         // With narrow tiles the scan is a chain of short steps: nothing else may be in its way, and two
-        // groups of planes have time to fetch.
-        let groups = if held * spec.key_dim <= 128 && value_tile <= 32 { 2 } else { 1 };
+        // groups of planes have time to fetch. Not those of segments: `ptxas` takes too few registers for such cubes and spills.
+        let chain = held * spec.key_dim <= 128 && value_tile <= 32 && pass != Pass::Segments;
+        let groups = if chain { 2 } else { 1 };
         let prepared =
             value_tile < spec.value_dim || spec.decay == kernels::Decay::Channel || pass != Pass::Whole;
         Blueprint { spec, value_tile, held, groups, packed, prepared, pass }
