@@ -22,6 +22,8 @@ pub(crate) const SCHEDULERS: usize = 4;
 pub(crate) const SLICE: usize = 2 * TILE;
 /// Units of 16 bytes in a 16 x 16 block.
 pub(crate) const BLOCK_UNITS: usize = 32;
+/// Words of its place that a cube sets aside (`stage.rs`).
+pub(crate) const ASIDE: usize = 3;
 
 /// Which part of its sequences a launch of `forward` takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -72,9 +74,9 @@ impl Blueprint {
 
     /// Units of a cube.
     pub fn units(&self) -> usize {
-        // Two planes more than have work: of cubes of 256 units `ptxas` would make two fit, with spills.
+        // Planes more than have work: of cubes of fewer units `ptxas` would make one more fit, with spills.
         32 * if self.keeps_apart() {
-            SCHEDULERS * self.groups + 2
+            SCHEDULERS * (self.groups + 1)
         } else {
             self.scanners() + GROUP * self.groups
         }
@@ -135,12 +137,14 @@ impl Blueprint {
 
     /// Shared memory of `sweep` in bytes.
     pub fn sweep_bytes(&self) -> usize {
-        16 * self.sweep_memory() + 4 * self.stages() * self.directed(Pass::Unwind, false).factors()
+        16 * self.sweep_memory() + 4 * (self.stages() * self.directed(Pass::Unwind, false).factors() + ASIDE)
     }
 
     /// Shared memory of `forward` in bytes.
     pub fn shared_memory(&self) -> usize {
-        16 * self.units_of_memory() + 4 * self.stages() * self.factors() + 8 * BLOCKS * self.leaf_pairs()
+        16 * self.units_of_memory()
+            + 4 * (self.stages() * self.factors() + ASIDE)
+            + 8 * BLOCKS * self.leaf_pairs()
     }
 
     /// What the preparing launch leaves of one chunk and head: 16-byte units, and floats.

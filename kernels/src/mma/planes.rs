@@ -25,8 +25,9 @@ impl Fetcher {
         if comptime!(bp.keeps_apart()) {
             let row = comptime!(32 * SCHEDULERS);
             let scans = comptime!(row - bp.group_units());
-            let works = unit % row >= scans;
-            Fetcher { group: unit / row, unit: select(works, unit % row - scans, 0usize), works }
+            let group = unit / row;
+            let works = unit % row >= scans && group < bp.groups;
+            Fetcher { group, unit: select(works, unit % row - scans, 0usize), works }
         } else {
             let unit = unit - comptime!(32 * bp.scanners());
             let group = comptime!(bp.group_units());

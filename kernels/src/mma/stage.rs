@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{BLOCK_UNITS, Blueprint, CHUNK, Pass, TILE};
+use super::blueprint::{ASIDE, BLOCK_UNITS, Blueprint, CHUNK, Pass, TILE};
 use super::tile::{Tile, V8};
 use crate::known::known_or;
 use crate::record::{Sequence, Strides, sequence};
@@ -114,6 +114,33 @@ pub(crate) fn place_of_segment(
     }
     let v0 = tile as usize * bp.value_tile;
     place_of(table, n as usize, (hv / group) as usize, hv as usize, v0, tokens, heads, transfer, bp)
+}
+
+/// Where those words of a place lie that are wanted again when the scan is over. Registers that its loop has no use for are
+/// what `ptxas` spills to make room for one more cube.
+#[cube]
+pub(crate) fn new_aside() -> SharedMemory<u32> {
+    SharedMemory::<u32>::new(ASIDE)
+}
+
+/// Sets these words aside for all planes that pass a barrier before they take them back.
+#[cube]
+pub(crate) fn set_aside(aside: &mut SharedMemory<u32>, place: &Place) {
+    if UNIT_POS_X == 0 {
+        aside[0] = place.n as u32;
+        aside[1] = place.hv as u32;
+        aside[2] = place.v0 as u32;
+    }
+}
+
+/// The place as it was.
+#[cube]
+pub(crate) fn take_back(aside: &SharedMemory<u32>, place: &Place) -> Place {
+    let mut place = *place;
+    place.n = aside[0] as usize;
+    place.hv = aside[1] as usize;
+    place.v0 = aside[2] as usize;
+    place
 }
 
 /// Strides of the inputs that are staged.

@@ -14,7 +14,7 @@ use super::held::begin_reading;
 use super::new_factors;
 use super::planes::Fetcher;
 use super::scan::scan_chunk;
-use super::stage::{Place, StagedStrides, place_of_cube};
+use super::stage::{Place, StagedStrides, new_aside, place_of_cube, set_aside, take_back};
 use super::state::{Lane, keep_state, load_state, store_state};
 use super::tile::{Mma, Tile, V8};
 use super::unwind::unwind_chunk;
@@ -77,6 +77,7 @@ pub fn sweep<F: Float>(
     let unwind = comptime!(bp.directed(Pass::Unwind, has_d_final_state));
     let mut tile = Tile::<F>::new_aligned(comptime!(bp.sweep_memory()), 128usize);
     let mut factors = new_factors(comptime!(bp.stages()), unwind);
+    let mut aside = new_aside();
     if CUBE_POS < each {
         walk::<F>(
             q,
@@ -95,6 +96,7 @@ pub fn sweep<F: Float>(
             &place,
             &mut tile,
             &mut factors,
+            &mut aside,
             unwind,
         );
     } else {
@@ -115,6 +117,7 @@ pub fn sweep<F: Float>(
             &place,
             &mut tile,
             &mut factors,
+            &mut aside,
             replay,
         );
     }
@@ -139,6 +142,7 @@ fn walk<F: Float>(
     place: &Place,
     tile: &mut Tile<F>,
     factors: &mut SharedMemory<f32>,
+    aside: &mut SharedMemory<u32>,
     #[comptime] bp: Blueprint,
 ) {
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
@@ -154,6 +158,9 @@ fn walk<F: Float>(
     if plane < scanners {
         let at = Lane { plane, lane };
         let mut state = load_state(first_state, first_at, place, at, bp);
+        if comptime!(bp.pass == Pass::Unwind) {
+            set_aside(aside, place);
+        }
         // 32 bits, since every register counts in this loop.
         let first = first_kept(place.seq.first_chunk, place.n, place.chunks, bp.packed);
         let first = (first * place.heads + place.hv) as u32;
@@ -191,7 +198,7 @@ fn walk<F: Float>(
         }
         sync_cube();
         if comptime!(bp.pass == Pass::Unwind) {
-            store_state(&state, last_state, last_at, place, at, bp);
+            store_state(&state, last_state, last_at, &take_back(aside, place), at, bp);
         }
     } else if fetcher.works {
         fetch_chunks::<F>(

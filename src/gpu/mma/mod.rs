@@ -54,7 +54,7 @@ fn blueprints(spec: Spec, pass: Pass, packed: bool) -> impl Iterator<Item = Blue
     tiles(spec.key_dim, spec.value_dim).map(move |(value_tile, held)| {
         // With narrow tiles the scan is a chain of short steps: nothing else may be in its way, and two
         // groups of planes have time to fetch. Not those of segments: `ptxas` takes too few registers for such cubes and spills.
-        let chain = held * spec.key_dim <= 128 && value_tile <= 32 && pass != Pass::Segments;
+        let chain = spec.key_dim <= 128 && value_tile <= 32 && pass != Pass::Segments;
         let groups = if chain { 2 } else { 1 };
         let prepared =
             value_tile < spec.value_dim || spec.decay == kernels::Decay::Channel || pass != Pass::Whole;
@@ -64,7 +64,8 @@ fn blueprints(spec: Spec, pass: Pass, packed: bool) -> impl Iterator<Item = Blue
 
 /// `(value_tile, held)` from wide to narrow, at most four scanning planes each.
 fn tiles(key_dim: usize, value_dim: usize) -> impl Iterator<Item = (usize, usize)> {
-    let wide = if key_dim <= 128 { 2 } else { 1 };
+    // Few values make a chain (`blueprints`), and with two groups of planes a unit has no registers for two tiles.
+    let wide = if key_dim <= 128 && value_dim > 32 { 2 } else { 1 };
     let all = [(128, 2), (64, 2), (64, 1), (32, 1), (16, 1)];
     let mut kept: Vec<(usize, usize)> = all
         .into_iter()
