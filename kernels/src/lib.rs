@@ -37,6 +37,10 @@ pub mod mma;
 pub mod portable;
 mod record;
 mod spec;
+mod tensors;
 
-pub use record::{StateStrides, StateStridesLaunch, Strides, StridesLaunch};
 pub use spec::{BetaMap, Decay, GateMap, SOURCES, Sources, Spec};
+pub use tensors::{
+    GateFormula, GateFormulaLaunch, Gating, GatingLaunch, StateStrides, StateStridesLaunch, States,
+    StatesLaunch, Strided, StridedLaunch, Strides, StridesLaunch,
+};

@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use crate::record::F4;
 use crate::spec::{BetaMap, Decay, GateMap, Spec};
+use crate::tensors::GateFormula;
 
 /// $\sigma(x)$, without overflow for either sign.
 #[cube]
@@ -53,12 +54,10 @@ pub(crate) fn decay_of(x: f32, a_log: f32, bias: f32, lower_bound: f32, #[compti
 #[cube]
 pub(crate) fn decays_of(
     x: F4,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
+    formula: &GateFormula,
     hv: usize,
     c: usize,
     starts: bool,
-    lower_bound: f32,
     #[comptime] spec: Spec,
 ) -> F4 {
     let mut d = F4::new(1.0f32);
@@ -66,8 +65,8 @@ pub(crate) fn decays_of(
         #[unroll]
         for e in 0..4usize {
             if c + e < spec.key_dim {
-                let (a, bias) = gate_constants(a_log, dt_bias, hv, c + e, spec);
-                d[e] = decay_of(x[e], a, bias, lower_bound, spec.gate);
+                let (a, bias) = gate_constants(formula, hv, c + e, spec);
+                d[e] = decay_of(x[e], a, bias, formula.lower_bound, spec.gate);
             }
         }
     }
@@ -77,8 +76,7 @@ pub(crate) fn decays_of(
 /// `(A_log, dt_bias)` of a head and channel.
 #[cube]
 pub(crate) fn gate_constants(
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
+    formula: &GateFormula,
     hv: usize,
     channel: usize,
     #[comptime] spec: Spec,
@@ -86,12 +84,12 @@ pub(crate) fn gate_constants(
     let mut a = 0.0f32;
     let mut bias = 0.0f32;
     if comptime!(spec.gate != GateMap::Identity) {
-        a = a_log[hv];
+        a = formula.a_log[hv];
         if comptime!(spec.has_bias) {
             if comptime!(spec.decay == Decay::Channel) {
-                bias = dt_bias[hv * spec.key_dim + channel];
+                bias = formula.dt_bias[hv * spec.key_dim + channel];
             } else {
-                bias = dt_bias[hv];
+                bias = formula.dt_bias[hv];
             }
         }
     }

@@ -1,54 +1,9 @@
-//! Where things lie in device memory.
+//! The table of sequences, and rows of tensors read and written a few channels at a time.
 
 use cubecl::prelude::*;
 
 /// Four floats: the unit of scratch and of shared memory.
 pub(crate) type F4 = Vector<f32, Const<4>>;
-
-/// Element strides of a `[B, T, H, D]` tensor whose last dimension is contiguous.
-#[derive(CubeType, CubeLaunch, Clone, Copy)]
-pub struct Strides {
-    /// From row to row of the batch.
-    pub b: u32,
-    /// From token (or micro-step) to token.
-    pub t: u32,
-    /// From head to head.
-    pub h: u32,
-}
-
-#[cube]
-impl Strides {
-    /// The offset of channel 0 at `(row, t, head)`.
-    pub(crate) fn at(&self, row: usize, t: usize, head: usize) -> usize {
-        row * self.b as usize + t * self.t as usize + head * self.h as usize
-    }
-
-    /// The same in 32 bits, which reach every element of a tensor and take half of the instructions.
-    pub(crate) fn at32(&self, row: usize, t: usize, head: usize) -> u32 {
-        row as u32 * self.b + t as u32 * self.t + head as u32 * self.h
-    }
-}
-
-/// Element strides of a state `[N, HV, K, V]` in any layout.
-#[derive(CubeType, CubeLaunch, Clone, Copy)]
-pub struct StateStrides {
-    /// From sequence to sequence.
-    pub n: u32,
-    /// From head to head.
-    pub h: u32,
-    /// From key channel to key channel.
-    pub k: u32,
-    /// From value channel to value channel.
-    pub v: u32,
-}
-
-#[cube]
-impl StateStrides {
-    /// The offset of value channel 0 at `(n, head, key)`.
-    pub(crate) fn row(&self, n: usize, head: usize, key: usize) -> usize {
-        n * self.n as usize + head * self.h as usize + key * self.k as usize
-    }
-}
 
 /// One sequence, as the table lists it: `[row, first token, tokens, first chunk]` each.
 #[derive(CubeType, Clone, Copy)]

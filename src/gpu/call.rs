@@ -2,7 +2,10 @@
 
 use cubecl::prelude::*;
 use cubecl::server::Handle;
-use delta_rule_kernels::{self as kernels, Spec, StateStridesLaunch, StridesLaunch};
+use delta_rule_kernels::{
+    self as kernels, GateFormulaLaunch, GatingLaunch, Spec, StateStridesLaunch, StatesLaunch, StridedLaunch,
+    StridesLaunch,
+};
 
 use super::split::inner_segments;
 use super::tensors::{Checked, DTypes, DeviceInputs, Role, checked};
@@ -103,7 +106,7 @@ impl<'a, R: Runtime> Call<'a, R> {
         self.options.scale_for(self.problem.shape().key_dim) as f32
     }
 
-    pub(super) fn lower_bound(&self) -> f32 {
+    fn lower_bound(&self) -> f32 {
         match self.options.gate {
             GateTransform::Bounded { lower_bound } => lower_bound as f32,
             _ => 0.0,
@@ -118,13 +121,29 @@ impl<'a, R: Runtime> Call<'a, R> {
         longest.unwrap_or(0) * self.problem.rule().micro_steps <= FEW
     }
 
-    pub(super) fn state_strides(&self, state: Option<&Checked<R>>) -> StateStridesLaunch<R> {
-        let s = state.map_or(vec![0; 4], |t| t.strides.clone());
+    /// Beta and g, and what their formulas take; `arg` binds what may be absent.
+    pub(super) fn gating<B: CubePrimitive, G: CubePrimitive>(
+        &self,
+        arg: impl Fn(Option<&Checked<R>>) -> ArrayArg<R>,
+    ) -> GatingLaunch<B, G, R> {
+        let (beta, g) = (Some(&self.beta), self.g.as_ref());
+        let formula =
+            GateFormulaLaunch::new(arg(self.a_log.as_ref()), arg(self.dt_bias.as_ref()), self.lower_bound());
+        GatingLaunch::new(strided(arg(beta), beta), strided(arg(g), g), formula)
+    }
+
+    /// States that lie in `data` in the caller's layout.
+    pub(super) fn states<T: CubePrimitive>(
+        &self,
+        data: ArrayArg<R>,
+        states: Option<&Checked<R>>,
+    ) -> StatesLaunch<T, R> {
+        let s = states.map_or(vec![0; 4], |t| t.strides.clone());
         let (k, v) = match self.options.state_layout {
             StateLayout::KeyFirst => (s[2], s[3]),
             StateLayout::ValueFirst => (s[3], s[2]),
         };
-        StateStridesLaunch::new(s[0], s[1], k, v)
+        StatesLaunch::new(data, StateStridesLaunch::new(s[0], s[1], k, v))
     }
 }
 
@@ -133,10 +152,21 @@ pub(super) fn written<R: Runtime>(client: &ComputeClient<R>, t: &Checked<R>) -> 
     if t.elements > 0 { t.arg() } else { array(&client.empty(MIN_BUFFER), 1) }
 }
 
-/// Strides of `[B, T, H, ..]`.
-pub(super) fn strides<R: Runtime>(t: Option<&Checked<R>>) -> StridesLaunch<R> {
+/// The same with its strides.
+pub(super) fn written_rows<T: CubePrimitive, R: Runtime>(
+    client: &ComputeClient<R>,
+    t: &Checked<R>,
+) -> StridedLaunch<T, R> {
+    strided(written(client, t), Some(t))
+}
+
+/// A tensor `[B, T, H, ..]` that lies in `data`.
+pub(super) fn strided<T: CubePrimitive, R: Runtime>(
+    data: ArrayArg<R>,
+    t: Option<&Checked<R>>,
+) -> StridedLaunch<T, R> {
     let [b, t, h] = t.map_or([0; 3], |t| [t.strides[0], t.strides[1], t.strides[2]]);
-    StridesLaunch::new(b, t, h)
+    StridedLaunch::new(data, StridesLaunch::new(b, t, h))
 }
 
 pub(super) fn array<R: Runtime>(handle: &Handle, len: usize) -> ArrayArg<R> {

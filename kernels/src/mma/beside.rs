@@ -2,6 +2,7 @@
 
 use cubecl::prelude::*;
 
+use super::arguments::{Records, Rows};
 use super::blueprint::{BLOCKS, Blueprint};
 use super::chunk::{Target, finish};
 use super::fetch::{store_chunk, store_last};
@@ -9,36 +10,27 @@ use super::gates::{Raw, gates_from, gates_of, leave_gates, read_gates};
 use super::gram::multiply_keys;
 use super::parcel::{exchange, new_parcel};
 use super::planes::Fetcher;
-use super::stage::{Place, StagedStrides};
-use super::tile::{Mma, Tile, V2, V8};
-use crate::record::Strides;
+use super::stage::Place;
+use super::tile::{Mma, Tile, V2};
+use crate::tensors::{GateFormula, Gating};
 
 /// Prepares the chunks of the cube's sequence, one after the other or every second one, each a turn before the scan takes
 /// it, and stores what the scan leaves of them. A parcel is on its way for most of a turn.
 #[cube]
 pub(crate) fn prepare_chunks<F: Float, B: Float, G: Float>(
     mma: &Mma<F>,
-    q: &Array<Vector<F, V8>>,
-    k: &Array<Vector<F, V8>>,
-    v: &Array<Vector<F, V8>>,
-    beta: &Array<B>,
-    g: &Array<G>,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
-    records: &Array<Vector<F, V8>>,
-    record_factors: &Array<f32>,
-    o: &mut Array<Vector<F, V8>>,
-    o_at: &Strides,
-    strides: &StagedStrides,
-    beta_at: &Strides,
-    g_at: &Strides,
+    q: &Rows<F>,
+    k: &Rows<F>,
+    v: &Rows<F>,
+    gating: &Gating<B, G>,
+    records: &Records<F>,
+    o: &mut Rows<F>,
     place: &Place,
     tile: &mut Tile<F>,
     factors: &mut SharedMemory<f32>,
     leaves: &mut SharedMemory<Vector<f32, V2>>,
     fetcher: Fetcher,
     scale: f32,
-    lower_bound: f32,
     #[comptime] bp: Blueprint,
 ) {
     let lane = (UNIT_POS % 32) as usize;
@@ -58,8 +50,6 @@ pub(crate) fn prepare_chunks<F: Float, B: Float, G: Float>(
             k,
             v,
             records,
-            record_factors,
-            strides,
             place,
             group,
             unit,
@@ -72,9 +62,9 @@ pub(crate) fn prepare_chunks<F: Float, B: Float, G: Float>(
     // sums of gates are a chain of shuffles, each of which would wait behind the operands of a product.
     let finds_gates = block == BLOCKS;
     if finds_gates {
-        let raw = read_gates(beta, g, beta_at, g_at, place, group, lane, bp);
+        let raw = read_gates::<B, G>(gating, place, group, lane, bp);
         let to = Target::of_stage(group, bp);
-        find_gates(factors, &raw, a_log, dt_bias, lower_bound, place, group, to, lane, bp);
+        find_gates(factors, &raw, &gating.formula, place, group, to, lane, bp);
     }
     sync_cube();
     if group > 0 {
@@ -96,8 +86,6 @@ pub(crate) fn prepare_chunks<F: Float, B: Float, G: Float>(
             k,
             v,
             records,
-            record_factors,
-            strides,
             place,
             after as usize,
             unit,
@@ -107,13 +95,13 @@ pub(crate) fn prepare_chunks<F: Float, B: Float, G: Float>(
         );
         let mut later = Raw { beta: 0.0f32, g: 0.0f32 };
         if finds_gates {
-            let raw = read_gates(beta, g, beta_at, g_at, place, after as usize, lane, bp);
+            let raw = read_gates::<B, G>(gating, place, after as usize, lane, bp);
             later.beta = raw.beta;
             later.g = raw.g;
         }
         if next > comptime!(groups as u32) {
             let done = (next - comptime!(groups as u32 + 1)) as usize;
-            store_chunk::<F>(tile, o, o_at, place, done, unit, bp);
+            store_chunk::<F>(tile, &mut o.data, &o.at, place, done, unit, bp);
         }
         let at_stage = (next % stages) as usize;
         let products = multiply_keys::<F>(mma, tile, at_stage * stage, block, lane, bp);
@@ -126,7 +114,7 @@ pub(crate) fn prepare_chunks<F: Float, B: Float, G: Float>(
         let to = (after % stages) as usize;
         if finds_gates {
             let to = Target::of_stage(to, bp);
-            find_gates(factors, &later, a_log, dt_bias, lower_bound, place, after as usize, to, lane, bp);
+            find_gates(factors, &later, &gating.formula, place, after as usize, to, lane, bp);
         }
         exchange::<F>(
             &mut parcel,
@@ -137,8 +125,6 @@ pub(crate) fn prepare_chunks<F: Float, B: Float, G: Float>(
             k,
             v,
             records,
-            record_factors,
-            strides,
             place,
             after as usize,
             unit,
@@ -149,7 +135,7 @@ pub(crate) fn prepare_chunks<F: Float, B: Float, G: Float>(
         next = after;
         sync_cube();
     }
-    store_last::<F>(tile, o, o_at, place, next as usize, fetcher, bp);
+    store_last::<F>(tile, &mut o.data, &o.at, place, next as usize, fetcher, bp);
 }
 
 /// Finds the gates of chunk `c`, and leaves them with it.
@@ -157,15 +143,13 @@ pub(crate) fn prepare_chunks<F: Float, B: Float, G: Float>(
 fn find_gates(
     factors: &mut SharedMemory<f32>,
     raw: &Raw,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
-    lower_bound: f32,
+    formula: &GateFormula,
     place: &Place,
     c: usize,
     to: Target,
     lane: usize,
     #[comptime] bp: Blueprint,
 ) {
-    let gates = gates_of(raw, a_log, dt_bias, lower_bound, place, c, lane, bp);
+    let gates = gates_of(raw, formula, place, c, lane, bp);
     leave_gates(factors, to.gates(bp), &gates, lane, bp);
 }

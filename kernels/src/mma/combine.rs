@@ -8,8 +8,9 @@
 use cubecl::prelude::*;
 
 use super::stage::along_y;
-use crate::record::{F4, StateStrides};
+use crate::record::F4;
 use crate::spec::Spec;
+use crate::tensors::States;
 
 /// Rows of $S^T$ that a cube takes, and parts into which the rows of A are dealt.
 const ROWS: usize = 8;
@@ -38,10 +39,9 @@ pub fn tiles(spec: &Spec) -> usize {
 /// from `table[inner_at + n]` to `table[inner_at + n + 1]`.
 #[cube(launch_unchecked, address_type = "u64")]
 pub fn combine(
-    initial_state: &Array<f32>,
+    initial_state: &States<f32>,
     table: &Array<u32>,
     slots: &mut Array<F4>,
-    initial_at: StateStrides,
     inner_at: u32,
     sequences: u32,
     heads: u32,
@@ -61,10 +61,11 @@ pub fn combine(
 
     let mut own = F4::new(0.0f32);
     if comptime!(spec.has_initial_state) {
-        let from = n * initial_at.n as usize + hv * initial_at.h as usize + row * initial_at.v as usize;
+        let at = initial_state.at;
+        let from = n * at.n as usize + hv * at.h as usize + row * at.v as usize;
         #[unroll]
         for e in 0..4usize {
-            own[e] = initial_state[from + (4 * column + e) * initial_at.k as usize];
+            own[e] = initial_state.data[from + (4 * column + e) * at.k as usize];
         }
     }
     let mut state = SharedMemory::<F4>::new(comptime!(ROWS * columns));

@@ -2,26 +2,25 @@
 
 use cubecl::prelude::*;
 
+use super::arguments::{Records, Rows};
 use super::blueprint::{Blueprint, CHUNK, Pass};
 use super::parcel::{exchange, new_parcel};
 use super::planes::Fetcher;
-use super::stage::{Place, StagedStrides, store_rows, turn};
+use super::stage::{Place, store_rows, turn};
 use super::tile::{Tile, V8};
 use crate::known::{known_and, known_or};
-use crate::record::Strides;
+use crate::tensors::Strides;
 
 /// Fetches the chunks of the cube's sequence, one after the other or every second one, and stores what the scan leaves of
 /// them in `out`. A parcel is on its way for a whole turn of its group.
 #[cube]
 pub(crate) fn fetch_chunks<F: Float>(
-    q: &Array<Vector<F, V8>>,
-    k: &Array<Vector<F, V8>>,
-    v: &Array<Vector<F, V8>>,
-    records: &Array<Vector<F, V8>>,
-    record_factors: &Array<f32>,
+    q: &Rows<F>,
+    k: &Rows<F>,
+    v: &Rows<F>,
+    records: &Records<F>,
     out: &mut Array<Vector<F, V8>>,
     out_at: &Strides,
-    strides: &StagedStrides,
     place: &Place,
     tile: &mut Tile<F>,
     factors: &mut SharedMemory<f32>,
@@ -30,24 +29,7 @@ pub(crate) fn fetch_chunks<F: Float>(
 ) {
     let Fetcher { group, unit, .. } = fetcher;
     let mut parcel = new_parcel(bp);
-    exchange::<F>(
-        &mut parcel,
-        tile,
-        factors,
-        group,
-        q,
-        k,
-        v,
-        records,
-        record_factors,
-        strides,
-        place,
-        group,
-        unit,
-        false,
-        true,
-        bp,
-    );
+    exchange::<F>(&mut parcel, tile, factors, group, q, k, v, records, place, group, unit, false, true, bp);
     let groups = comptime!(bp.groups as i32);
     // Chunk `next` is there when the barrier at the end is passed. A group's first turn, which has nothing to store yet, is one
     // of the loop with no chunk before its own: what is written twice the first call compiles twice.
@@ -69,8 +51,6 @@ pub(crate) fn fetch_chunks<F: Float>(
             k,
             v,
             records,
-            record_factors,
-            strides,
             place,
             (next + groups) as usize,
             unit,

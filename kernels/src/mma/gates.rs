@@ -7,8 +7,8 @@ use super::stage::Place;
 use super::tile::V2;
 use crate::known::known_and;
 use crate::math::{beta_of, gate_constants, log_decay_of};
-use crate::record::Strides;
 use crate::spec::{BetaMap, Decay};
+use crate::tensors::{GateFormula, Gating, Strided};
 
 /// Below this log decay nothing is left in f32; without the bound one gate of -10000 would cost the sums of
 /// its neighbours their digits.
@@ -24,10 +24,7 @@ pub(crate) struct Raw {
 /// Reads them; beside a scan, one chunk ahead of their use.
 #[cube]
 pub(crate) fn read_gates<B: Float, G: Float>(
-    beta: &Array<B>,
-    g: &Array<G>,
-    beta_at: &Strides,
-    g_at: &Strides,
+    gating: &Gating<B, G>,
     place: &Place,
     c: usize,
     lane: usize,
@@ -35,10 +32,10 @@ pub(crate) fn read_gates<B: Float, G: Float>(
 ) -> Raw {
     let step = step_of(c, lane);
     let seq = place.seq;
-    let mut raw = Raw { beta: read_beta(beta, beta_at, place, c, lane, bp), g: 0.0f32 };
+    let mut raw = Raw { beta: read_beta(&gating.beta, place, c, lane, bp), g: 0.0f32 };
     if known_and(bp.spec.decay == Decay::Head, step < place.steps as u32) {
         let token = seq.start + (step / comptime!(bp.spec.micro_steps as u32)) as usize;
-        raw.g = f32::cast_from(g[g_at.at32(seq.row, token, place.hv) as usize]);
+        raw.g = f32::cast_from(gating.g.data[gating.g.at.at32(seq.row, token, place.hv) as usize]);
     }
     raw
 }
@@ -52,8 +49,7 @@ fn step_of(c: usize, lane: usize) -> u32 {
 /// Beta of the lane's micro-step, as the caller holds it.
 #[cube]
 pub(crate) fn read_beta<B: Float>(
-    beta: &Array<B>,
-    beta_at: &Strides,
+    beta: &Strided<B>,
     place: &Place,
     c: usize,
     lane: usize,
@@ -63,7 +59,8 @@ pub(crate) fn read_beta<B: Float>(
     let mut x = 0.0f32;
     if step < place.steps as u32 {
         let first = place.seq.start * comptime!(bp.spec.micro_steps);
-        x = f32::cast_from(beta[beta_at.at32(place.seq.row, first + step as usize, place.hv) as usize]);
+        let at = beta.at.at32(place.seq.row, first + step as usize, place.hv);
+        x = f32::cast_from(beta.data[at as usize]);
     }
     x
 }
@@ -137,15 +134,13 @@ impl Gates {
 #[cube]
 pub(crate) fn gates_of(
     raw: &Raw,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
-    lower_bound: f32,
+    formula: &GateFormula,
     place: &Place,
     c: usize,
     lane: usize,
     #[comptime] bp: Blueprint,
 ) -> Gates {
-    let (a, bias) = gate_constants(a_log, dt_bias, place.hv, 0usize, bp.spec);
+    let (a, bias) = gate_constants(formula, place.hv, 0usize, bp.spec);
     let n_h = comptime!(bp.spec.micro_steps as u32);
     let step = step_of(c, lane);
     let valid = step < place.steps as u32;
@@ -154,7 +149,7 @@ pub(crate) fn gates_of(
         beta = select(valid, beta, 0.0f32);
     }
     if comptime!(bp.spec.decay == Decay::Head) {
-        let g = f32::max(log_decay_of(raw.g, a, bias, lower_bound, bp.spec.gate), LOWEST);
+        let g = f32::max(log_decay_of(raw.g, a, bias, formula.lower_bound, bp.spec.gate), LOWEST);
         let sum = running_sum(select(valid && step % n_h == 0, g, 0.0f32), lane);
         let total = plane_shuffle(sum, 31u32);
         let middle = plane_shuffle(sum, 15u32);

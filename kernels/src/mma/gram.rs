@@ -2,8 +2,9 @@
 
 use cubecl::prelude::*;
 
+use super::arguments::Rows;
 use super::blueprint::{BLOCKS, Blueprint, TILE};
-use super::stage::{Place, Source, StagedStrides, keys_of, queries_of};
+use super::stage::{Place, Source, keys_of, queries_of};
 use super::tile::{
     AHEAD, Acc, Frag, Mma, Right, Tile, V2, V4, V8, by_columns, by_depth, load, mma2, multiply, zeros,
 };
@@ -85,9 +86,8 @@ pub(crate) fn multiply_keys<F: Float>(
 #[cube]
 pub(crate) fn products_of_chunk<F: Float>(
     mma: &Mma<F>,
-    q: &Array<Vector<F, V8>>,
-    k: &Array<Vector<F, V8>>,
-    strides: &StagedStrides,
+    q: &Rows<F>,
+    k: &Rows<F>,
     place: &Place,
     c: usize,
     lane: usize,
@@ -95,8 +95,8 @@ pub(crate) fn products_of_chunk<F: Float>(
 ) -> Sequence<Gram> {
     let blocks = comptime!(BLOCKS + bp.read_blocks());
     let total = comptime!(bp.spec.key_dim.div_ceil(2 * TILE));
-    let keys = keys_of(&strides.k, place, c, bp);
-    let queries = queries_of(&strides.q, place, c, bp);
+    let keys = keys_of::<F>(k, place, c, bp);
+    let queries = queries_of::<F>(q, place, c, bp);
     let mut products = zeros(comptime!(2 * BLOCKS * blocks));
     let mut squares = Array::<f32>::new(comptime!(2 * blocks));
     #[unroll]
@@ -109,11 +109,11 @@ pub(crate) fn products_of_chunk<F: Float>(
         if comptime!(i < total) {
             #[unroll]
             for row in 0..comptime!(2 * BLOCKS) {
-                rows.push(read_row::<F>(k, keys, comptime!(8 * row), i, lane, bp));
+                rows.push(read_row::<F>(&k.data, keys, comptime!(8 * row), i, lane, bp));
             }
             #[unroll]
             for row in 0..comptime!(2 * bp.read_blocks()) {
-                rows.push(read_row::<F>(q, queries, comptime!(8 * row), i, lane, bp));
+                rows.push(read_row::<F>(&q.data, queries, comptime!(8 * row), i, lane, bp));
             }
         }
         if comptime!(i > 0) {

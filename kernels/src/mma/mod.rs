@@ -24,6 +24,7 @@
 //!
 //! The three read the same records: segments end between chunks.
 
+pub mod arguments;
 mod beside;
 mod blueprint;
 mod channel;
@@ -50,7 +51,8 @@ pub use blueprint::{Blueprint, CHUNK, Pass, TILE};
 use cubecl::prelude::*;
 
 use crate::known::{known_and, known_or};
-use crate::record::{StateStrides, Strides};
+use crate::tensors::{Gating, States};
+use arguments::{Records, Rows, Sizes};
 use beside::prepare_chunks;
 use chunk::Target;
 use fetch::fetch_chunks;
@@ -58,9 +60,9 @@ use held::begin_reading;
 use inverse::new_leaves;
 use planes::Fetcher;
 use scan::scan_chunk;
-use stage::{StagedStrides, new_aside, place_of_cube, place_of_segment, set_aside, take_back};
+use stage::{new_aside, place_of_cube, place_of_segment, set_aside, take_back};
 use state::{Lane, load_state, store_state};
-use tile::{Mma, Tile, V8};
+use tile::{Mma, Tile};
 
 /// What the units of a cube share.
 #[cube]
@@ -68,60 +70,41 @@ fn new_factors(#[comptime] stages: usize, #[comptime] bp: Blueprint) -> SharedMe
     SharedMemory::<f32>::new(comptime!(stages * bp.factors()))
 }
 
-/// Computes o and the final state. Strides of q, k, v and o are multiples of 8, and so are the offsets of
-/// their buffers.
+/// Computes o and the final state.
 ///
 /// Cube `p` takes value tile `p % tiles`, head `p / tiles % heads` and sequence `p / (tiles * heads)`.
-/// Tensors that the blueprint does not mention may be any buffer; `tokens` counts those of a row, unless sequences
-/// are packed.
+/// Tensors that the blueprint does not mention may be any buffer.
 ///
 /// Where sequences are split, the table lists `segments` in place of sequences: first the last one of each sequence,
 /// which leaves its final state, then the inner ones, of which alone the transfer is taken, if `transfer` is 1. They lie
 /// along y, tiles and heads along x.
 #[cube(launch_unchecked, fast_math = FastMath::all(), address_type = "u64")]
 pub fn forward<F: Float, B: Float, G: Float>(
-    q: &Array<Vector<F, V8>>,
-    k: &Array<Vector<F, V8>>,
-    v: &Array<Vector<F, V8>>,
-    beta: &Array<B>,
-    g: &Array<G>,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
-    initial_state: &Array<f32>,
+    q: &Rows<F>,
+    k: &Rows<F>,
+    v: &Rows<F>,
+    gating: &Gating<B, G>,
+    initial_state: &States<f32>,
     table: &Array<u32>,
-    records: &Array<Vector<F, V8>>,
-    record_factors: &Array<f32>,
-    o: &mut Array<Vector<F, V8>>,
-    final_state: &mut Array<f32>,
-    q_at: Strides,
-    k_at: Strides,
-    v_at: Strides,
-    beta_at: Strides,
-    g_at: Strides,
-    o_at: Strides,
-    initial_at: StateStrides,
-    final_at: StateStrides,
-    tokens: u32,
-    sequences: u32,
+    records: &Records<F>,
+    o: &mut Rows<F>,
+    final_state: &mut States<f32>,
+    sizes: Sizes,
     segments: u32,
     transfer: u32,
-    heads: u32,
-    group: u32,
     scale: f32,
-    lower_bound: f32,
     #[comptime] bp: Blueprint,
     #[define(F, B, G)] _types: [StorageType; 3],
 ) {
     let transfer = known_and(bp.pass == Pass::Segments, transfer != 0);
     let place = if comptime!(bp.pass == Pass::Segments) {
-        place_of_segment(table, tokens, sequences, segments, heads, group, transfer, bp)
+        place_of_segment(table, sizes, segments, transfer, bp)
     } else {
-        if CUBE_POS >= (sequences * heads) as usize * comptime!(bp.value_tiles()) {
+        if CUBE_POS >= (sizes.sequences * sizes.heads) as usize * comptime!(bp.value_tiles()) {
             terminate!();
         }
-        place_of_cube(table, CUBE_POS, tokens, heads, group, bp)
+        place_of_cube(table, CUBE_POS, sizes, bp)
     };
-    let strides = StagedStrides { q: q_at, k: k_at, v: v_at };
     let stage = comptime!(bp.stage());
     let stages = comptime!(bp.stages());
 
@@ -139,7 +122,7 @@ pub fn forward<F: Float, B: Float, G: Float>(
     let chunk_outputs = comptime!(bp.outputs());
     if plane < scanners {
         let at = Lane { plane, lane };
-        let mut state = load_state(initial_state, &initial_at, &place, at, bp);
+        let mut state = load_state(initial_state, &place, at, bp);
         set_aside(&mut aside, &place);
         #[unroll]
         for _ in 0..groups {
@@ -158,8 +141,8 @@ pub fn forward<F: Float, B: Float, G: Float>(
         }
         sync_cube();
         let place = take_back(&aside, &place);
-        if known_or(bp.pass != Pass::Segments, transfer || place.n < sequences as usize) {
-            store_state(&state, final_state, &final_at, &place, at, bp);
+        if known_or(bp.pass != Pass::Segments, transfer || place.n < sizes.sequences as usize) {
+            store_state(&state, final_state, &place, at, bp);
         }
     } else if fetcher.works {
         if comptime!(bp.prepared) {
@@ -168,10 +151,8 @@ pub fn forward<F: Float, B: Float, G: Float>(
                 k,
                 v,
                 records,
-                record_factors,
-                o,
-                &o_at,
-                &strides,
+                &mut o.data,
+                &o.at,
                 &place,
                 &mut tile,
                 &mut factors,
@@ -184,24 +165,15 @@ pub fn forward<F: Float, B: Float, G: Float>(
                 q,
                 k,
                 v,
-                beta,
-                g,
-                a_log,
-                dt_bias,
+                gating,
                 records,
-                record_factors,
                 o,
-                &o_at,
-                &strides,
-                &beta_at,
-                &g_at,
                 &place,
                 &mut tile,
                 &mut factors,
                 &mut leaves,
                 fetcher,
                 scale,
-                lower_bound,
                 bp,
             );
         }

@@ -2,14 +2,14 @@
 
 use cubecl::prelude::*;
 
+use super::arguments::{Records, Rows};
 use super::blueprint::{Blueprint, CHUNK, Pass};
 use super::stage::{
-    Place, Rows, Source, StagedStrides, block_rows, decayed_key_rows, key_rows, keys_of, least, queries_of,
-    query_rows, turn, value_rows,
+    Part, Place, Source, block_rows, decayed_key_rows, key_rows, keys_of, least, queries_of, query_rows,
+    turn, value_rows,
 };
 use super::tile::{Tile, V4, V8};
 use crate::known::{known_and, known_or};
-use crate::record::Strides;
 
 /// More columns, 8 channels each, than any row has.
 const ALL_COLUMNS: u32 = 1000;
@@ -48,30 +48,28 @@ pub(crate) fn new_parcel(#[comptime] bp: Blueprint) -> Parcel {
 #[cube]
 fn fetch_keys<F: Float>(
     parcel: &mut Parcel,
-    k: &Array<Vector<F, V8>>,
-    strides: &StagedStrides,
+    k: &Rows<F>,
     place: &Place,
     c: usize,
     unit: usize,
     #[comptime] bp: Blueprint,
 ) {
-    let keys = keys_of(&strides.k, place, c, bp);
-    fetch_rows::<F>(k, keys, ALL_COLUMNS, parcel, unit, comptime!(key_rows(bp)), false);
+    let keys = keys_of::<F>(k, place, c, bp);
+    fetch_rows::<F>(&k.data, keys, ALL_COLUMNS, parcel, unit, comptime!(key_rows(bp)), false);
 }
 
 /// Sends for the queries of chunk `c`.
 #[cube]
 fn fetch_queries<F: Float>(
     parcel: &mut Parcel,
-    q: &Array<Vector<F, V8>>,
-    strides: &StagedStrides,
+    q: &Rows<F>,
     place: &Place,
     c: usize,
     unit: usize,
     #[comptime] bp: Blueprint,
 ) {
-    let queries = queries_of(&strides.q, place, c, bp);
-    fetch_rows::<F>(q, queries, ALL_COLUMNS, parcel, unit, comptime!(query_rows(bp)), false);
+    let queries = queries_of::<F>(q, place, c, bp);
+    fetch_rows::<F>(&q.data, queries, ALL_COLUMNS, parcel, unit, comptime!(query_rows(bp)), false);
 }
 
 /// Puts a parcel into stage `stage`, if it `holds` one, and `sends` for all that the scan needs of its chunk `c` in its
@@ -83,12 +81,10 @@ pub(crate) fn exchange<F: Float>(
     to: &mut Tile<F>,
     factors: &mut SharedMemory<f32>,
     stage: usize,
-    q: &Array<Vector<F, V8>>,
-    k: &Array<Vector<F, V8>>,
-    v: &Array<Vector<F, V8>>,
-    records: &Array<Vector<F, V8>>,
-    record_factors: &Array<f32>,
-    strides: &StagedStrides,
+    q: &Rows<F>,
+    k: &Rows<F>,
+    v: &Rows<F>,
+    records: &Records<F>,
     place: &Place,
     c: usize,
     unit: usize,
@@ -112,9 +108,9 @@ pub(crate) fn exchange<F: Float>(
     }
     if sends {
         if comptime!(bp.by_channel()) {
-            fetch_all::<F>(records, first, parcel, unit, keys);
+            fetch_all::<F>(&records.blocks, first, parcel, unit, keys);
         } else {
-            fetch_keys::<F>(parcel, k, strides, place, c, unit, bp);
+            fetch_keys::<F>(parcel, k, place, c, unit, bp);
         }
     }
     if comptime!(holds) {
@@ -122,9 +118,9 @@ pub(crate) fn exchange<F: Float>(
     }
     if known_or(bp.pass != Pass::Segments, !place.transfer) && sends {
         if comptime!(bp.by_channel()) {
-            fetch_all::<F>(records, first + queries_at, parcel, unit, queries);
+            fetch_all::<F>(&records.blocks, first + queries_at, parcel, unit, queries);
         } else {
-            fetch_queries::<F>(parcel, q, strides, place, c, unit, bp);
+            fetch_queries::<F>(parcel, q, place, c, unit, bp);
         }
     }
     if comptime!(holds) {
@@ -133,15 +129,15 @@ pub(crate) fn exchange<F: Float>(
         put_floats(parcel, factors, stage, unit, bp);
     }
     if sends {
-        fetch_all::<F>(records, first + decayed_at, parcel, unit, decayed);
-        fetch_all::<F>(records, first + blocks_at, parcel, unit, comptime!(block_rows(bp)));
-        fetch_floats(parcel, record_factors, record, unit, bp);
+        fetch_all::<F>(&records.blocks, first + decayed_at, parcel, unit, decayed);
+        fetch_all::<F>(&records.blocks, first + blocks_at, parcel, unit, comptime!(block_rows(bp)));
+        fetch_floats(parcel, &records.factors, record, unit, bp);
     }
     if comptime!(holds) {
         put_rows::<F>(parcel, to, at, unit, comptime!(value_rows(bp)));
     }
     if sends {
-        fetch_values::<F>(parcel, v, &strides.v, place, c, unit, bp);
+        fetch_values::<F>(parcel, v, place, c, unit, bp);
     }
 }
 
@@ -184,8 +180,7 @@ fn put_floats(
 #[cube]
 fn fetch_values<F: Float>(
     parcel: &mut Parcel,
-    v: &Array<Vector<F, V8>>,
-    v_at: &Strides,
+    v: &Rows<F>,
     place: &Place,
     c: usize,
     unit: usize,
@@ -202,7 +197,7 @@ fn fetch_values<F: Float>(
         parcel.reads = (least((c + 1) * CHUNK / n_h, seq.tokens) - token0) as u32;
         last = (seq.tokens - 1 - token0) as u32;
     }
-    let from = (v_at.at32(seq.row, first, place.hv) + place.v0 as u32) / 8;
+    let from = (v.at.at32(seq.row, first, place.hv) + place.v0 as u32) / 8;
     // The rows of a transfer, behind the values, write nothing.
     let segments = comptime!(bp.pass == Pass::Segments);
     let channels = comptime!(bp.spec.value_dim).runtime();
@@ -211,9 +206,9 @@ fn fetch_values<F: Float>(
     } else {
         (channels - place.v0) / 8
     };
-    let source = Source { from, stride: v_at.t / 8, last };
+    let source = Source { from, stride: v.at.t / 8, last };
     let values = comptime!(value_rows(bp));
-    fetch_rows::<F>(v, source, cols as u32, parcel, unit, values, segments);
+    fetch_rows::<F>(&v.data, source, cols as u32, parcel, unit, values, segments);
 }
 
 /// Columns from `cols` on repeat the last one, unless they are to be zeros.
@@ -224,7 +219,7 @@ fn fetch_rows<F: Float>(
     cols: u32,
     parcel: &mut Parcel,
     unit: usize,
-    #[comptime] rows: Rows,
+    #[comptime] rows: Part,
     #[comptime] zeros: bool,
 ) {
     #[unroll]
@@ -253,7 +248,7 @@ fn fetch_all<F: Float>(
     from: usize,
     parcel: &mut Parcel,
     unit: usize,
-    #[comptime] rows: Rows,
+    #[comptime] rows: Part,
 ) {
     #[unroll]
     for round in 0..comptime!(rows.rounds()) {
@@ -266,7 +261,7 @@ fn fetch_all<F: Float>(
 }
 
 #[cube]
-fn put_rows<F: Float>(parcel: &Parcel, to: &mut Tile<F>, at: usize, unit: usize, #[comptime] rows: Rows) {
+fn put_rows<F: Float>(parcel: &Parcel, to: &mut Tile<F>, at: usize, unit: usize, #[comptime] rows: Part) {
     #[unroll]
     for round in 0..comptime!(rows.rounds()) {
         let i = unit as u32 + comptime!((round * rows.group) as u32);

@@ -2,6 +2,7 @@
 
 use cubecl::prelude::*;
 
+use super::arguments::{Records, Rows, Sizes};
 use super::blueprint::{BLOCK_UNITS, Blueprint, PREPARE_PLANES};
 use super::channel::{Partial, SEEN_UNITS, Slice, leave_levels, leave_rows, read_share};
 use super::chunk::{Target, finish, finish_all};
@@ -9,30 +10,27 @@ use super::gates::{Raw, gates_of, read_beta, read_gates};
 use super::gram::products_of_chunk;
 use super::inverse::new_leaves;
 use super::new_factors;
-use super::stage::{Place, StagedStrides, place_of};
-use super::tile::{Mma, Tile, V4, V8};
-use crate::record::Strides;
+use super::stage::{Place, place_of};
+use super::tile::{Mma, Tile, V4};
+use crate::tensors::Gating;
 
 /// Chunk `id / heads` of all sequences and head `id % heads`: its place, and which chunk of its sequence it is.
 #[cube]
 fn place_of_record(
     table: &Array<u32>,
     id: u32,
-    tokens: u32,
-    sequences: u32,
+    sizes: Sizes,
     chunks: u32,
-    heads: u32,
-    group: u32,
     #[comptime] bp: Blueprint,
 ) -> (Place, usize) {
-    let chunk = id / heads;
-    let hv = (id % heads) as usize;
+    let chunk = id / sizes.heads;
+    let hv = (id % sizes.heads) as usize;
     let n = if comptime!(bp.packed) {
-        table[(4 * sequences + chunk) as usize] as usize
+        table[(4 * sizes.sequences + chunk) as usize] as usize
     } else {
-        (chunk / (chunks / sequences)) as usize
+        (chunk / (chunks / sizes.sequences)) as usize
     };
-    let place = place_of(table, n, hv / group as usize, hv, 0usize, tokens, heads, false, bp);
+    let place = place_of(table, n, hv / sizes.group as usize, hv, 0usize, sizes, false, bp);
     (place, chunk as usize - place.seq.first_chunk)
 }
 
@@ -40,26 +38,14 @@ fn place_of_record(
 /// and value head. Every plane takes one of them by itself. For arguments see [`forward`](mod@super::forward).
 #[cube(launch_unchecked, fast_math = FastMath::all(), address_type = "u64")]
 pub fn prepare<F: Float, B: Float, G: Float>(
-    q: &Array<Vector<F, V8>>,
-    k: &Array<Vector<F, V8>>,
-    beta: &Array<B>,
-    g: &Array<G>,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
+    q: &Rows<F>,
+    k: &Rows<F>,
+    gating: &Gating<B, G>,
     table: &Array<u32>,
-    records: &mut Array<Vector<F, V8>>,
-    record_factors: &mut Array<f32>,
-    q_at: Strides,
-    k_at: Strides,
-    beta_at: Strides,
-    g_at: Strides,
-    tokens: u32,
-    sequences: u32,
+    records: &mut Records<F>,
+    sizes: Sizes,
     chunks: u32,
-    heads: u32,
-    group: u32,
     scale: f32,
-    lower_bound: f32,
     #[comptime] bp: Blueprint,
     #[define(F, B, G)] _types: [StorageType; 3],
 ) {
@@ -67,64 +53,51 @@ pub fn prepare<F: Float, B: Float, G: Float>(
     let plane = UNIT_POS_X as usize / 32;
     // 32 bits, in which division is fast: there is no room for more records.
     let id = CUBE_POS as u32 * comptime!(PREPARE_PLANES as u32) + plane as u32;
-    if id >= chunks * heads {
+    if id >= chunks * sizes.heads {
         terminate!();
     }
-    let (place, c) = place_of_record(table, id, tokens, sequences, chunks, heads, group, bp);
-    let strides = StagedStrides { q: q_at, k: k_at, v: k_at };
+    let (place, c) = place_of_record(table, id, sizes, chunks, bp);
     let mut tile = Tile::<F>::new_aligned(comptime!(bp.prepared_blocks()), 128usize);
     let mut factors = new_factors(PREPARE_PLANES, bp);
     let mut leaves = new_leaves(PREPARE_PLANES, bp);
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
 
-    let products = products_of_chunk::<F>(&mma, q, k, &strides, &place, c, lane, bp);
+    let products = products_of_chunk::<F>(&mma, q, k, &place, c, lane, bp);
     // Any earlier, and exponentials of gates would take registers beside the products.
-    let raw = read_gates(beta, g, &beta_at, &g_at, &place, c, lane, bp);
-    let gates = gates_of(&raw, a_log, dt_bias, lower_bound, &place, c, lane, bp);
+    let raw = read_gates::<B, G>(gating, &place, c, lane, bp);
+    let gates = gates_of(&raw, &gating.formula, &place, c, lane, bp);
     let to = Target::of_plane(plane, bp);
     finish_all::<F>(&mma, &mut tile, &mut factors, &mut leaves, &products, &gates, scale, c, to, lane, bp);
     sync_plane();
     let record = id as usize * comptime!(bp.record().0) + lane;
     #[unroll]
     for i in 0..comptime!(bp.chunk_blocks()) {
-        records[record + comptime!(i * BLOCK_UNITS)] = tile[to.blocks + comptime!(i * BLOCK_UNITS) + lane];
+        records.blocks[record + comptime!(i * BLOCK_UNITS)] =
+            tile[to.blocks + comptime!(i * BLOCK_UNITS) + lane];
     }
-    leave_factors(&factors, to, record_factors, id, lane, 32usize, bp);
+    leave_factors(&factors, to, &mut records.factors, id, lane, 32usize, bp);
 }
 
 /// The same for gates per channel, a cube for each chunk and head: rows decayed to the start and the end of their chunk are
 /// part of the record. Strides of g are multiples of 4, and so is the offset of its buffer.
 #[cube(launch_unchecked, fast_math = FastMath::all(), address_type = "u64")]
 pub fn prepare_by_channel<F: Float, B: Float, G: Float>(
-    q: &Array<Vector<F, V8>>,
-    k: &Array<Vector<F, V8>>,
-    beta: &Array<B>,
-    g: &Array<Vector<G, V4>>,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
+    q: &Rows<F>,
+    k: &Rows<F>,
+    gating: &Gating<B, Vector<G, V4>>,
     table: &Array<u32>,
-    records: &mut Array<Vector<F, V8>>,
-    record_factors: &mut Array<f32>,
-    q_at: Strides,
-    k_at: Strides,
-    beta_at: Strides,
-    g_at: Strides,
-    tokens: u32,
-    sequences: u32,
+    records: &mut Records<F>,
+    sizes: Sizes,
     chunks: u32,
-    heads: u32,
-    group: u32,
     scale: f32,
-    lower_bound: f32,
     #[comptime] bp: Blueprint,
     #[define(F, B, G)] _types: [StorageType; 3],
 ) {
     let id = CUBE_POS as u32;
-    if id >= chunks * heads {
+    if id >= chunks * sizes.heads {
         terminate!();
     }
-    let (place, c) = place_of_record(table, id, tokens, sequences, chunks, heads, group, bp);
-    let strides = StagedStrides { q: q_at, k: k_at, v: k_at };
+    let (place, c) = place_of_record(table, id, sizes, chunks, bp);
     let mut tile =
         Tile::<F>::new_aligned(comptime!(bp.prepared_blocks() + SEEN_UNITS * bp.slices()), 128usize);
     let mut factors = new_factors(1usize, bp);
@@ -139,20 +112,29 @@ pub fn prepare_by_channel<F: Float, B: Float, G: Float>(
         let at = Slice::new(unit, turn, bp);
         // Always so for most K; but without the branch `ptxas` takes more than 128 registers.
         let works = at.slice < comptime!(bp.slices() as u32);
-        let mut share =
-            read_share::<F, G>(q, k, g, a_log, dt_bias, &strides, &g_at, lower_bound, &place, c, at, bp);
+        let mut share = read_share::<F, B, G>(q, k, gating, &place, c, at, bp);
         if works {
             leave_levels::<F>(&mma, &mut share, &mut tile, &mut partial, at, bp);
         }
         sync_cube();
         if works {
-            leave_rows::<F>(&mma, &mut share, &tile, &mut partial, &mut factors, records, record, at, bp);
+            leave_rows::<F>(
+                &mma,
+                &mut share,
+                &tile,
+                &mut partial,
+                &mut factors,
+                &mut records.blocks,
+                record,
+                at,
+                bp,
+            );
         }
     }
-    let raw = Raw { beta: read_beta(beta, &beta_at, &place, c, lane as usize, bp), g: 0.0f32 };
+    let raw = Raw { beta: read_beta(&gating.beta, &place, c, lane as usize, bp), g: 0.0f32 };
     sync_cube();
     let to = Target::of_plane(0usize, bp);
-    let gates = gates_of(&raw, a_log, dt_bias, lower_bound, &place, c, lane as usize, bp);
+    let gates = gates_of(&raw, &gating.formula, &place, c, lane as usize, bp);
     let products = partial.gather(plane, lane, bp);
     finish::<F>(
         &mma,
@@ -174,10 +156,10 @@ pub fn prepare_by_channel<F: Float, B: Float, G: Float>(
     for round in 0..comptime!((bp.chunk_blocks() * BLOCK_UNITS).div_ceil(bp.prepare_units())) {
         let i = unit as usize + comptime!(round * bp.prepare_units());
         if i < comptime!(bp.chunk_blocks() * BLOCK_UNITS) {
-            records[blocks + i] = tile[i];
+            records.blocks[blocks + i] = tile[i];
         }
     }
-    leave_factors(&factors, to, record_factors, id, unit as usize, bp.prepare_units(), bp);
+    leave_factors(&factors, to, &mut records.factors, id, unit as usize, bp.prepare_units(), bp);
 }
 
 /// Copies the factors of a chunk to record `id`, by as many units.

@@ -2,10 +2,11 @@
 
 use cubecl::prelude::*;
 
+use super::arguments::{Rows, Sizes};
 use super::blueprint::{ASIDE, BLOCK_UNITS, Blueprint, CHUNK, Pass, TILE};
 use super::tile::{Tile, V8};
 use crate::known::known_or;
-use crate::record::{Sequence, Strides, sequence};
+use crate::record::{Sequence, sequence};
 
 /// The cube's sequence, heads and value channels.
 #[derive(CubeType, Clone, Copy)]
@@ -53,14 +54,13 @@ pub(crate) fn place_of(
     h: usize,
     hv: usize,
     v0: usize,
-    tokens: u32,
-    heads: u32,
+    sizes: Sizes,
     transfer: bool,
     #[comptime] bp: Blueprint,
 ) -> Place {
-    let seq = sequence_of(table, n, tokens, bp.packed, bp.spec.micro_steps);
+    let seq = sequence_of(table, n, sizes.tokens, bp.packed, bp.spec.micro_steps);
     let steps = seq.tokens * comptime!(bp.spec.micro_steps);
-    Place { seq, n, h, hv, heads: heads as usize, v0, steps, chunks: steps.div_ceil(CHUNK), transfer }
+    Place { seq, n, h, hv, heads: sizes.heads as usize, v0, steps, chunks: steps.div_ceil(CHUNK), transfer }
 }
 
 /// Value tile `cube % tiles`, head `cube / tiles % heads` and sequence `cube / (tiles * heads)`.
@@ -68,15 +68,13 @@ pub(crate) fn place_of(
 pub(crate) fn place_of_cube(
     table: &Array<u32>,
     cube: usize,
-    tokens: u32,
-    heads: u32,
-    group: u32,
+    sizes: Sizes,
     #[comptime] bp: Blueprint,
 ) -> Place {
     let tiles = comptime!(bp.value_tiles());
-    let n = cube / (tiles * heads as usize);
-    let hv = cube / tiles % heads as usize;
-    place_of(table, n, hv / group as usize, hv, cube % tiles * bp.value_tile, tokens, heads, false, bp)
+    let n = cube / (tiles * sizes.heads as usize);
+    let hv = cube / tiles % sizes.heads as usize;
+    place_of(table, n, hv / sizes.group as usize, hv, cube % tiles * bp.value_tile, sizes, false, bp)
 }
 
 /// Which sequence or segment of the launch a cube takes, where these lie along y, then z.
@@ -91,11 +89,8 @@ pub(crate) fn along_y() -> u32 {
 #[cube]
 pub(crate) fn place_of_segment(
     table: &Array<u32>,
-    tokens: u32,
-    sequences: u32,
+    sizes: Sizes,
     segments: u32,
-    heads: u32,
-    group: u32,
     transfer: bool,
     #[comptime] bp: Blueprint,
 ) -> Place {
@@ -105,7 +100,7 @@ pub(crate) fn place_of_segment(
     let mut hv = CUBE_POS_X / tiles;
     if transfer {
         let tiles = comptime!(bp.transfer_tiles() as u32);
-        n += sequences;
+        n += sizes.sequences;
         tile = CUBE_POS_X % tiles;
         hv = CUBE_POS_X / tiles;
     }
@@ -113,7 +108,7 @@ pub(crate) fn place_of_segment(
         terminate!();
     }
     let v0 = tile as usize * bp.value_tile;
-    place_of(table, n as usize, (hv / group) as usize, hv as usize, v0, tokens, heads, transfer, bp)
+    place_of(table, n as usize, (hv / sizes.group) as usize, hv as usize, v0, sizes, transfer, bp)
 }
 
 /// Where those words of a place lie that are wanted again when the scan is over. Registers that its loop has no use for are
@@ -143,17 +138,9 @@ pub(crate) fn take_back(aside: &SharedMemory<u32>, place: &Place) -> Place {
     place
 }
 
-/// Strides of the inputs that are staged.
-#[derive(CubeType, Clone, Copy)]
-pub(crate) struct StagedStrides {
-    pub(crate) q: Strides,
-    pub(crate) k: Strides,
-    pub(crate) v: Strides,
-}
-
 /// 16-byte units that a group copies row by row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Rows {
+pub(crate) struct Part {
     /// Offset in the stage, and from row to row.
     pub(crate) at: usize,
     pub(crate) ld: usize,
@@ -167,7 +154,7 @@ pub(crate) struct Rows {
     pub(crate) cleared: bool,
 }
 
-impl Rows {
+impl Part {
     pub(crate) fn rounds(self) -> usize {
         (self.rows * self.cols).div_ceil(self.group)
     }
@@ -181,8 +168,8 @@ impl Rows {
     }
 }
 
-pub(crate) fn key_rows(bp: Blueprint) -> Rows {
-    Rows {
+pub(crate) fn key_rows(bp: Blueprint) -> Part {
+    Part {
         at: 0,
         ld: bp.key_row(),
         rows: CHUNK,
@@ -193,25 +180,25 @@ pub(crate) fn key_rows(bp: Blueprint) -> Rows {
     }
 }
 
-pub(crate) fn query_rows(bp: Blueprint) -> Rows {
+pub(crate) fn query_rows(bp: Blueprint) -> Part {
     key_rows(bp).after(bp.q_at(), TILE * bp.read_blocks(), bp.spec.key_dim / 8, bp.key_row())
 }
 
 /// Values, or output gradients in their place.
-pub(crate) fn value_rows(bp: Blueprint) -> Rows {
+pub(crate) fn value_rows(bp: Blueprint) -> Part {
     let unwinds = bp.pass == Pass::Unwind;
     let rows = if unwinds { TILE * bp.read_blocks() } else { CHUNK };
     let rows = query_rows(bp).after(bp.v_at(), rows, bp.value_tile / 8, bp.value_row());
-    Rows { cleared: unwinds, ..rows }
+    Part { cleared: unwinds, ..rows }
 }
 
-pub(crate) fn decayed_key_rows(bp: Blueprint) -> Rows {
+pub(crate) fn decayed_key_rows(bp: Blueprint) -> Part {
     let rows = if bp.by_channel() { CHUNK } else { 0 };
     value_rows(bp).after(bp.kd_at(), rows, bp.spec.key_dim / 8, bp.key_row())
 }
 
 /// Blocks are rows without padding.
-pub(crate) fn block_rows(bp: Blueprint) -> Rows {
+pub(crate) fn block_rows(bp: Blueprint) -> Part {
     let rows = if bp.prepared { bp.chunk_blocks() } else { 0 };
     decayed_key_rows(bp).after(bp.blocks_at(), rows, BLOCK_UNITS, BLOCK_UNITS)
 }
@@ -229,18 +216,24 @@ pub(crate) struct Source {
 
 /// The keys of chunk `c`.
 #[cube]
-pub(crate) fn keys_of(at: &Strides, place: &Place, c: usize, #[comptime] bp: Blueprint) -> Source {
+pub(crate) fn keys_of<F: Float>(k: &Rows<F>, place: &Place, c: usize, #[comptime] bp: Blueprint) -> Source {
     let step0 = c * CHUNK;
-    let from = at.at32(place.seq.row, place.seq.start * comptime!(bp.spec.micro_steps) + step0, place.h) / 8;
-    Source { from, stride: at.t / 8, last: (place.steps - 1 - step0) as u32 }
+    let from =
+        k.at.at32(place.seq.row, place.seq.start * comptime!(bp.spec.micro_steps) + step0, place.h) / 8;
+    Source { from, stride: k.at.t / 8, last: (place.steps - 1 - step0) as u32 }
 }
 
 /// The queries of chunk `c`.
 #[cube]
-pub(crate) fn queries_of(at: &Strides, place: &Place, c: usize, #[comptime] bp: Blueprint) -> Source {
+pub(crate) fn queries_of<F: Float>(
+    q: &Rows<F>,
+    place: &Place,
+    c: usize,
+    #[comptime] bp: Blueprint,
+) -> Source {
     let token0 = c * CHUNK / comptime!(bp.spec.micro_steps);
-    let from = at.at32(place.seq.row, place.seq.start + token0, place.h) / 8;
-    Source { from, stride: at.t / 8, last: (place.seq.tokens - 1 - token0) as u32 }
+    let from = q.at.at32(place.seq.row, place.seq.start + token0, place.h) / 8;
+    Source { from, stride: q.at.t / 8, last: (place.seq.tokens - 1 - token0) as u32 }
 }
 
 /// The chunk that the scan takes as its `c`th: backwards, the last one first.

@@ -6,7 +6,7 @@ use super::blueprint::{BLOCK_UNITS, Blueprint, Pass, TILE};
 use super::stage::Place;
 use super::tile::{Acc, Frag, V2, V8, pack, zeros};
 use crate::known::{known_and, known_or};
-use crate::record::StateStrides;
+use crate::tensors::{StateStrides, States};
 
 /// A plane's place in its cube.
 #[derive(CubeType, Clone, Copy)]
@@ -49,8 +49,7 @@ fn part(at: &StateStrides, place: &Place, unit: Lane, #[comptime] bp: Blueprint)
 /// The state of this plane: the initial state, or zero; row V + i of a transfer begins as unit vector i.
 #[cube]
 pub(crate) fn load_state(
-    from: &Array<f32>,
-    at: &StateStrides,
+    from: &States<f32>,
     place: &Place,
     unit: Lane,
     #[comptime] bp: Blueprint,
@@ -59,7 +58,7 @@ pub(crate) fn load_state(
     if known_and(bp.pass == Pass::Segments, place.transfer) {
         start_transfer(&mut state, place, unit, bp);
     } else if comptime!(bp.spec.has_initial_state) {
-        let part = part(at, place, unit, bp);
+        let part = part(&from.at, place, unit, bp);
         #[unroll]
         for m in 0..comptime!(bp.held) {
             #[unroll]
@@ -69,8 +68,8 @@ pub(crate) fn load_state(
                 {
                     #[unroll]
                     for n in 0..comptime!(2 * bp.key_steps()) {
-                        let mut x = Vector::<f32, V2>::cast_from(from[first]);
-                        x[1] = from[first + part.key];
+                        let mut x = Vector::<f32, V2>::cast_from(from.data[first]);
+                        x[1] = from.data[first + part.key];
                         let acc = state.index_mut(comptime!(2 * m * bp.key_steps() + n));
                         acc[e] = x;
                         first += part.keys;
@@ -133,13 +132,12 @@ pub(crate) fn keep_state<F: Float>(
 #[cube]
 pub(crate) fn store_state(
     state: &Sequence<Acc>,
-    to: &mut Array<f32>,
-    at: &StateStrides,
+    to: &mut States<f32>,
     place: &Place,
     unit: Lane,
     #[comptime] bp: Blueprint,
 ) {
-    let part = part(at, place, unit, bp);
+    let part = part(&to.at, place, unit, bp);
     let rows = if known_and(bp.pass == Pass::Segments, place.transfer) {
         comptime!(bp.transfer_rows()).runtime()
     } else {
@@ -155,8 +153,8 @@ pub(crate) fn store_state(
                 for n in 0..comptime!(2 * bp.key_steps()) {
                     let acc = state.index(comptime!(2 * m * bp.key_steps() + n));
                     let x = acc[e];
-                    to[first] = x[0];
-                    to[first + part.key] = x[1];
+                    to.data[first] = x[0];
+                    to.data[first + part.key] = x[1];
                     first += part.keys;
                 }
             }

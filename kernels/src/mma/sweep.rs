@@ -7,6 +7,7 @@
 
 use cubecl::prelude::*;
 
+use super::arguments::{Kept, Records, Rows, Sizes};
 use super::blueprint::{Blueprint, Pass};
 use super::chunk::Target;
 use super::fetch::fetch_chunks;
@@ -14,11 +15,11 @@ use super::held::begin_reading;
 use super::new_factors;
 use super::planes::Fetcher;
 use super::scan::scan_chunk;
-use super::stage::{Place, StagedStrides, new_aside, place_of_cube, set_aside, take_back};
+use super::stage::{Place, new_aside, place_of_cube, set_aside, take_back};
 use super::state::{Lane, keep_state, load_state, store_state};
 use super::tile::{Mma, Tile, V8};
 use super::unwind::unwind_chunk;
-use crate::record::{StateStrides, Strides};
+use crate::tensors::{States, Strides};
 
 /// Chunks from one state that is kept to the next.
 pub const KEPT: usize = 2;
@@ -37,42 +38,28 @@ pub(crate) fn first_kept(first_chunk: usize, n: usize, chunks: usize, #[comptime
 /// them backwards, which takes longer, then forwards. For arguments see [`forward`](mod@super::forward).
 #[cube(launch_unchecked, fast_math = FastMath::all(), address_type = "u64")]
 pub fn sweep<F: Float>(
-    q: &Array<Vector<F, V8>>,
-    k: &Array<Vector<F, V8>>,
-    v: &Array<Vector<F, V8>>,
-    d_o: &Array<Vector<F, V8>>,
-    initial_state: &Array<f32>,
-    d_final_state: &Array<f32>,
+    q: &Rows<F>,
+    k: &Rows<F>,
+    v: &Rows<F>,
+    d_o: &Rows<F>,
+    initial_state: &States<f32>,
+    d_final_state: &States<f32>,
     table: &Array<u32>,
-    records: &Array<Vector<F, V8>>,
-    record_factors: &Array<f32>,
-    residuals: &mut Array<Vector<F, V8>>,
-    states: &mut Array<Vector<F, V8>>,
-    d_states: &mut Array<Vector<F, V8>>,
-    dv: &mut Array<Vector<F, V8>>,
-    d_initial_state: &mut Array<f32>,
-    q_at: Strides,
-    k_at: Strides,
-    v_at: Strides,
-    d_o_at: Strides,
-    dv_at: Strides,
-    initial_at: StateStrides,
-    d_final_at: StateStrides,
-    d_initial_at: StateStrides,
-    tokens: u32,
-    sequences: u32,
-    heads: u32,
-    group: u32,
+    records: &Records<F>,
+    kept: &mut Kept<F>,
+    dv: &mut Rows<F>,
+    d_initial_state: &mut States<f32>,
+    sizes: Sizes,
     #[comptime] has_d_final_state: bool,
     #[comptime] bp: Blueprint,
     #[define(F)] _type: StorageType,
 ) {
     let tiles = comptime!(bp.value_tiles());
-    let each = (sequences * heads) as usize * tiles;
+    let each = (sizes.sequences * sizes.heads) as usize * tiles;
     if CUBE_POS >= 2 * each {
         terminate!();
     }
-    let place = place_of_cube(table, CUBE_POS % each, tokens, heads, group, bp);
+    let place = place_of_cube(table, CUBE_POS % each, sizes, bp);
     let replay = comptime!(bp.directed(Pass::Replay, bp.spec.has_initial_state));
     let unwind = comptime!(bp.directed(Pass::Unwind, has_d_final_state));
     let mut tile = Tile::<F>::new_aligned(comptime!(bp.sweep_memory()), 128usize);
@@ -85,14 +72,10 @@ pub fn sweep<F: Float>(
             d_o,
             d_final_state,
             records,
-            record_factors,
-            dv,
-            d_states,
+            &mut dv.data,
+            &dv.at,
+            &mut kept.d_states,
             d_initial_state,
-            &StagedStrides { q: q_at, k: k_at, v: d_o_at },
-            &dv_at,
-            &d_final_at,
-            &d_initial_at,
             &place,
             &mut tile,
             &mut factors,
@@ -106,14 +89,10 @@ pub fn sweep<F: Float>(
             v,
             initial_state,
             records,
-            record_factors,
-            residuals,
-            states,
+            &mut kept.residuals,
+            &dv.at,
+            &mut kept.states,
             d_initial_state,
-            &StagedStrides { q: q_at, k: k_at, v: v_at },
-            &dv_at,
-            &initial_at,
-            &d_initial_at,
             &place,
             &mut tile,
             &mut factors,
@@ -126,19 +105,15 @@ pub fn sweep<F: Float>(
 /// One direction.
 #[cube]
 fn walk<F: Float>(
-    q: &Array<Vector<F, V8>>,
-    k: &Array<Vector<F, V8>>,
-    v: &Array<Vector<F, V8>>,
-    first_state: &Array<f32>,
-    records: &Array<Vector<F, V8>>,
-    record_factors: &Array<f32>,
+    q: &Rows<F>,
+    k: &Rows<F>,
+    v: &Rows<F>,
+    first_state: &States<f32>,
+    records: &Records<F>,
     rows: &mut Array<Vector<F, V8>>,
-    kept: &mut Array<Vector<F, V8>>,
-    last_state: &mut Array<f32>,
-    strides: &StagedStrides,
     rows_at: &Strides,
-    first_at: &StateStrides,
-    last_at: &StateStrides,
+    kept: &mut Array<Vector<F, V8>>,
+    last_state: &mut States<f32>,
     place: &Place,
     tile: &mut Tile<F>,
     factors: &mut SharedMemory<f32>,
@@ -157,7 +132,7 @@ fn walk<F: Float>(
     let chunk_outputs = comptime!(bp.outputs());
     if plane < scanners {
         let at = Lane { plane, lane };
-        let mut state = load_state(first_state, first_at, place, at, bp);
+        let mut state = load_state(first_state, place, at, bp);
         if comptime!(bp.pass == Pass::Unwind) {
             set_aside(aside, place);
         }
@@ -198,23 +173,9 @@ fn walk<F: Float>(
         }
         sync_cube();
         if comptime!(bp.pass == Pass::Unwind) {
-            store_state(&state, last_state, last_at, &take_back(aside, place), at, bp);
+            store_state(&state, last_state, &take_back(aside, place), at, bp);
         }
     } else if fetcher.works {
-        fetch_chunks::<F>(
-            q,
-            k,
-            v,
-            records,
-            record_factors,
-            rows,
-            rows_at,
-            strides,
-            place,
-            tile,
-            factors,
-            fetcher,
-            bp,
-        );
+        fetch_chunks::<F>(q, k, v, records, rows, rows_at, place, tile, factors, fetcher, bp);
     }
 }

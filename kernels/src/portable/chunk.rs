@@ -4,7 +4,8 @@ use cubecl::prelude::*;
 
 use super::blueprint::{Blueprint, SLICE, SLICE_LD, SLICE4};
 use crate::math::decays_of;
-use crate::record::{F4, Strides, load, load_gates, sequence};
+use crate::record::{F4, load, load_gates, sequence};
+use crate::tensors::{GateFormula, Strided};
 
 /// The chunk that a cube works on.
 #[derive(CubeType, Clone, Copy)]
@@ -31,12 +32,10 @@ pub(crate) fn chunk_of(table: &Array<u32>, id: usize, sequences: u32, #[comptime
 /// Slice `s` of the chunk's keys and, in the rows where a token ends, of its queries.
 #[cube]
 pub(crate) fn load_qk<F: Float, N: Size>(
-    q: &Array<Vector<F, N>>,
-    k: &Array<Vector<F, N>>,
+    q: &Strided<Vector<F, N>>,
+    k: &Strided<Vector<F, N>>,
     queries: &mut SharedMemory<F4>,
     keys: &mut SharedMemory<F4>,
-    q_at: Strides,
-    k_at: Strides,
     here: Chunk,
     h: usize,
     s: usize,
@@ -52,12 +51,12 @@ pub(crate) fn load_qk<F: Float, N: Size>(
         let channel = s * SLICE + 4 * c;
         let step = here.step0 + row;
         let valid = row < here.rows;
-        let k_row = k_at.at(here.row, here.start * n_h + step, h);
-        let key = load(k, k_row, channel, valid, bp.spec.key_dim);
+        let k_row = k.at.at(here.row, here.start * n_h + step, h);
+        let key = load(&k.data, k_row, channel, valid, bp.spec.key_dim);
         keys[row * SLICE_LD + c] = key * F4::new(k_rstd[row]);
         let is_read = valid && (step + 1) % n_h == 0;
-        let q_row = q_at.at(here.row, here.start + step / n_h, h);
-        let query = load(q, q_row, channel, is_read, bp.spec.key_dim);
+        let q_row = q.at.at(here.row, here.start + step / n_h, h);
+        let query = load(&q.data, q_row, channel, is_read, bp.spec.key_dim);
         queries[row * SLICE_LD + c] = query * F4::new(q_rstd[row]);
         x += bp.chunk_units();
     }
@@ -66,15 +65,12 @@ pub(crate) fn load_qk<F: Float, N: Size>(
 /// Slice `s` of the chunk's decays: $e^g$ where a token begins, 1 elsewhere.
 #[cube]
 pub(crate) fn load_decays<G: Float>(
-    g: &Array<G>,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
+    g: &Strided<G>,
+    formula: &GateFormula,
     decays: &mut SharedMemory<F4>,
-    g_at: Strides,
     here: Chunk,
     hv: usize,
     s: usize,
-    lower_bound: f32,
     #[comptime] bp: Blueprint,
 ) {
     let n_h = comptime!(bp.spec.micro_steps);
@@ -84,11 +80,10 @@ pub(crate) fn load_decays<G: Float>(
         let c = x % SLICE4;
         let step = here.step0 + row;
         let starts = row < here.rows && step % n_h == 0;
-        let from = g_at.at(here.row, here.start + step / n_h, hv);
+        let from = g.at.at(here.row, here.start + step / n_h, hv);
         let channel = s * SLICE + 4 * c;
-        let gates = load_gates(g, from, channel, starts, bp.spec.key_dim);
-        decays[row * SLICE_LD + c] =
-            decays_of(gates, a_log, dt_bias, hv, channel, starts, lower_bound, bp.spec);
+        let gates = load_gates(&g.data, from, channel, starts, bp.spec.key_dim);
+        decays[row * SLICE_LD + c] = decays_of(gates, formula, hv, channel, starts, bp.spec);
         x += bp.chunk_units();
     }
 }

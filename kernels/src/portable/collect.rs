@@ -5,20 +5,19 @@ use cubecl::prelude::*;
 use super::blueprint::Blueprint;
 use super::chunk::chunk_of;
 use crate::math::dot;
-use crate::record::{F4, Strides, load, store};
+use crate::record::{F4, load, store};
 use crate::spec::Decay;
+use crate::tensors::Strided;
 
 /// The gradient of k (of q, where `reads`), from what [`gradients`](mod@super::gradients) left in the records: a sum
 /// over the value heads of each key head, then back through the norm, $dx = r\,dy - r^3 x\,(x \cdot dy)$.
 /// Cube `p` takes chunk `p / key_heads` and key head `first_key_head + p % key_heads`.
 #[cube(launch_unchecked)]
 pub fn collect<F: Float, N: Size>(
-    x: &Array<Vector<F, N>>,
+    x: &Strided<Vector<F, N>>,
     table: &Array<u32>,
     scratch: &Array<F4>,
-    dx: &mut Array<Vector<F, N>>,
-    x_at: Strides,
-    dx_at: Strides,
+    dx: &mut Strided<Vector<F, N>>,
     sequences: u32,
     chunks: u32,
     first_key_head: u32,
@@ -53,8 +52,8 @@ pub fn collect<F: Float, N: Size>(
     from += record;
     let factors = record + comptime!(bp.factors_at());
     let h = first_key_head as usize + head;
-    let x_row = x_at.at(here.row, t, h);
-    let dx_row = dx_at.at(here.row, t, h);
+    let x_row = x.at.at(here.row, t, h);
+    let dx_row = dx.at.at(here.row, t, h);
 
     // x . dy, and what the norm divided by.
     let mut along = 0.0f32;
@@ -64,8 +63,11 @@ pub fn collect<F: Float, N: Size>(
         if valid {
             let mut c = part;
             while c < row4 {
-                along =
-                    dot(load(x, x_row, 4 * c, true, dim), over_group(scratch, from + c, group, bp), along);
+                along = dot(
+                    load(&x.data, x_row, 4 * c, true, dim),
+                    over_group(scratch, from + c, group, bp),
+                    along,
+                );
                 c += bp.parts;
             }
         }
@@ -85,10 +87,10 @@ pub fn collect<F: Float, N: Size>(
         while c < row4 {
             let mut dy = over_group(scratch, from + c, group, bp);
             if comptime!(bp.spec.qk_l2norm) {
-                let value = load(x, x_row, 4 * c, true, dim);
+                let value = load(&x.data, x_row, 4 * c, true, dim);
                 dy = fma(value, F4::new(along), dy * F4::new(rstd));
             }
-            store(dx, dx_row, 4 * c, dy, dim);
+            store(&mut dx.data, dx_row, 4 * c, dy, dim);
             c += bp.parts;
         }
     }

@@ -22,46 +22,37 @@ use super::chunk::{chunk_of, load_decays, load_qk};
 use super::rows::{Paths, Rows, between_tokens, grams, inside_token, through_states, walk_row};
 use crate::known::known_and;
 use crate::math::{beta_slope, decay_of, dot, gate_constants, gate_slopes};
-use crate::record::{F4, Strides};
+use crate::record::F4;
 use crate::spec::{Decay, GateMap};
+use crate::tensors::{Gating, Strided};
 
 /// Reads the records that [`sweep`](mod@super::sweep) has filled; leaves in them the gradients of q and k, for one
 /// value head and before any norm, and the chunk's share of those of `a_log` and `dt_bias`; writes those of beta
 /// and g. Cube `p` takes chunk `p / heads` and head `first_head + p % heads`.
 #[cube(launch_unchecked)]
 pub fn gradients<F: Float, B: Float, G: Float, N: Size>(
-    q: &Array<Vector<F, N>>,
-    k: &Array<Vector<F, N>>,
-    beta: &Array<B>,
-    g: &Array<G>,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
-    d_o: &Array<Vector<F, N>>,
+    q: &Strided<Vector<F, N>>,
+    k: &Strided<Vector<F, N>>,
+    gating: &Gating<B, G>,
+    d_o: &Strided<Vector<F, N>>,
     table: &Array<u32>,
     scratch: &mut Array<F4>,
     scratch_scalars: &mut Array<f32>,
-    d_beta: &mut Array<B>,
-    dg: &mut Array<G>,
-    q_at: Strides,
-    k_at: Strides,
-    beta_at: Strides,
-    g_at: Strides,
-    d_o_at: Strides,
-    d_beta_at: Strides,
-    dg_at: Strides,
+    d_beta: &mut Strided<B>,
+    dg: &mut Strided<G>,
     sequences: u32,
     chunks: u32,
     first_head: u32,
     heads: u32,
     group: u32,
     scale: f32,
-    lower_bound: f32,
     #[comptime] bp: Blueprint,
     #[define(F, B, G)] _types: [StorageType; 3],
 ) {
     if CUBE_POS >= (chunks * heads) as usize {
         terminate!();
     }
+    let (beta, g) = (&gating.beta, &gating.g);
     let chunk = comptime!(bp.chunk);
     let n_h = comptime!(bp.spec.micro_steps);
     let parts = comptime!(bp.parts);
@@ -117,15 +108,15 @@ pub fn gradients<F: Float, B: Float, G: Float, N: Size>(
         }
         let mut d = 1.0f32;
         if known_and(decay == Decay::Head, starts) {
-            let (a, bias) = gate_constants(a_log, dt_bias, hv, 0usize, bp.spec);
-            let z = f32::cast_from(g[g_at.at(here.row, here.start + (step0 + i) / n_h, hv)]);
-            d = decay_of(z, a, bias, lower_bound, bp.spec.gate);
+            let (a, bias) = gate_constants(&gating.formula, hv, 0usize, bp.spec);
+            let z = f32::cast_from(g.data[g.at.at(here.row, here.start + (step0 + i) / n_h, hv)]);
+            d = decay_of(z, a, bias, gating.formula.lower_bound, bp.spec.gate);
         }
         head_decays[i] = d;
     }
     sync_cube();
 
-    grams(d_o, scratch, &mut rows, &mut y, &mut x, d_o_at, here, hv, record, i, part, bp);
+    grams(d_o, scratch, &mut rows, &mut y, &mut x, here, hv, record, i, part, bp);
     sync_cube();
     let mut from_start = 1.0f32;
     let mut to_end = 1.0f32;
@@ -152,12 +143,12 @@ pub fn gradients<F: Float, B: Float, G: Float, N: Size>(
         let mut e = Array::<F4>::new(owned);
         let mut w = Array::<F4>::new(owned);
         through_states(
-            d_o, scratch, &mut rows, &mut s, &mut ds, &mut whole, &mut u, &mut e, &mut w, d_o_at, here, hv,
-            record, slice, i, part, bp,
+            d_o, scratch, &mut rows, &mut s, &mut ds, &mut whole, &mut u, &mut e, &mut w, here, hv, record,
+            slice, i, part, bp,
         );
-        load_qk(q, k, &mut rows.b, &mut rows.a, q_at, k_at, here, h, slice, &q_factor, &k_factor, bp);
+        load_qk(q, k, &mut rows.b, &mut rows.a, here, h, slice, &q_factor, &k_factor, bp);
         if comptime!(per_channel) {
-            load_decays(g, a_log, dt_bias, &mut rows.c, g_at, here, hv, slice, lower_bound, bp);
+            load_decays(g, &gating.formula, &mut rows.c, here, hv, slice, bp);
         }
         sync_cube();
         #[unroll]
@@ -223,12 +214,13 @@ pub fn gradients<F: Float, B: Float, G: Float, N: Size>(
                     for lane in 0..4usize {
                         let channel = slice * SLICE + 4 * c + lane;
                         if channel < bp.spec.key_dim {
-                            let (a, bias) = gate_constants(a_log, dt_bias, hv, channel, bp.spec);
-                            let z = f32::cast_from(g[g_at.at(here.row, token, hv) + channel]);
-                            let (by_x, by_a) = gate_slopes(z, a, bias, lower_bound, bp.spec.gate);
+                            let (a, bias) = gate_constants(&gating.formula, hv, channel, bp.spec);
+                            let z = f32::cast_from(g.data[g.at.at(here.row, token, hv) + channel]);
+                            let (by_x, by_a) =
+                                gate_slopes(z, a, bias, gating.formula.lower_bound, bp.spec.gate);
                             by_bias[lane] = sum[lane] * by_x;
                             by_a_log[lane] = sum[lane] * by_a;
-                            dg[dg_at.at(here.row, token, hv) + channel] = G::cast_from(sum[lane] * by_x);
+                            dg.data[dg.at.at(here.row, token, hv) + channel] = G::cast_from(sum[lane] * by_x);
                         }
                     }
                 }
@@ -265,8 +257,9 @@ pub fn gradients<F: Float, B: Float, G: Float, N: Size>(
     let d_beta_row = over_parts(&mut x, d_beta_part, i, part, bp);
     if part == 0 && valid {
         let step = here.start * n_h + step0 + i;
-        let z = f32::cast_from(beta[beta_at.at(here.row, step, hv)]);
-        d_beta[d_beta_at.at(here.row, step, hv)] = B::cast_from(d_beta_row * beta_slope(z, bp.spec.beta));
+        let z = f32::cast_from(beta.data[beta.at.at(here.row, step, hv)]);
+        d_beta.data[d_beta.at.at(here.row, step, hv)] =
+            B::cast_from(d_beta_row * beta_slope(z, bp.spec.beta));
     }
     if comptime!(decay == Decay::Head) {
         let later = over_parts(&mut x, later, i, part, bp);
@@ -284,12 +277,12 @@ pub fn gradients<F: Float, B: Float, G: Float, N: Size>(
                 sum += select(l >= i, y[l], y[chunk + l]);
             }
             let token = here.start + (step0 + i) / n_h;
-            let (a, bias) = gate_constants(a_log, dt_bias, hv, 0usize, bp.spec);
-            let z = f32::cast_from(g[g_at.at(here.row, token, hv)]);
-            let (by_x, by_a) = gate_slopes(z, a, bias, lower_bound, bp.spec.gate);
+            let (a, bias) = gate_constants(&gating.formula, hv, 0usize, bp.spec);
+            let z = f32::cast_from(g.data[g.at.at(here.row, token, hv)]);
+            let (by_x, by_a) = gate_slopes(z, a, bias, gating.formula.lower_bound, bp.spec.gate);
             by_bias = sum * by_x;
             by_a_log = sum * by_a;
-            dg[dg_at.at(here.row, token, hv)] = G::cast_from(by_bias);
+            dg.data[dg.at.at(here.row, token, hv)] = G::cast_from(by_bias);
         }
         if comptime!(formula) {
             if part == 0 {

@@ -6,8 +6,9 @@ use super::blueprint::{Blueprint, SLICE, SLICE_LD, SLICE4};
 use super::chunk::Chunk;
 use crate::known::known_or;
 use crate::math::dot;
-use crate::record::{F4, Strides, load};
+use crate::record::{F4, load};
 use crate::spec::Decay;
+use crate::tensors::Strided;
 
 /// Three tiles of the chunk's rows, 32 channels wide: of R, dV and dO while value channels are summed over, then of
 /// keys, queries and decays.
@@ -71,9 +72,8 @@ fn load_channels(
 #[cube]
 fn fetch_rows<F: Float, N: Size>(
     to: &mut Fetched,
-    d_o: &Array<Vector<F, N>>,
+    d_o: &Strided<Vector<F, N>>,
     scratch: &Array<F4>,
-    d_o_at: Strides,
     here: Chunk,
     hv: usize,
     record: usize,
@@ -92,8 +92,8 @@ fn fetch_rows<F: Float, N: Size>(
         to.dv[n] = load_channels(scratch, at + comptime!(bp.dv_at()), channel, valid, bp);
         let step = here.step0 + row;
         let is_read = valid && (step + 1) % n_h == 0;
-        let from = d_o_at.at(here.row, here.start + step / n_h, hv);
-        to.d_o[n] = load(d_o, from, 4 * channel, is_read, bp.spec.value_dim);
+        let from = d_o.at.at(here.row, here.start + step / n_h, hv);
+        to.d_o[n] = load(&d_o.data, from, 4 * channel, is_read, bp.spec.value_dim);
     }
 }
 
@@ -132,12 +132,11 @@ fn fetch_states(
 /// Y and X, zero above the diagonal (X on it, too).
 #[cube]
 pub(crate) fn grams<F: Float, N: Size>(
-    d_o: &Array<Vector<F, N>>,
+    d_o: &Strided<Vector<F, N>>,
     scratch: &Array<F4>,
     rows: &mut Rows,
     y: &mut SharedMemory<f32>,
     x: &mut SharedMemory<f32>,
-    d_o_at: Strides,
     here: Chunk,
     hv: usize,
     record: usize,
@@ -157,7 +156,7 @@ pub(crate) fn grams<F: Float, N: Size>(
     }
     for v in 0..comptime!(bp.value_slices()) {
         let mut fetched = Fetched::new(bp);
-        fetch_rows(&mut fetched, d_o, scratch, d_o_at, here, hv, record, v, bp);
+        fetch_rows(&mut fetched, d_o, scratch, here, hv, record, v, bp);
         put_rows(&fetched, rows, bp);
         sync_cube();
         for c in 0..SLICE4 {
@@ -197,7 +196,7 @@ pub(crate) fn walk_row(gram: &mut SharedMemory<f32>, at: usize, decays: &SharedM
 /// the rows of `dS . S0`, summed.
 #[cube]
 pub(crate) fn through_states<F: Float, N: Size>(
-    d_o: &Array<Vector<F, N>>,
+    d_o: &Strided<Vector<F, N>>,
     scratch: &Array<F4>,
     rows: &mut Rows,
     s: &mut SharedMemory<F4>,
@@ -206,7 +205,6 @@ pub(crate) fn through_states<F: Float, N: Size>(
     u: &mut Array<F4>,
     e: &mut Array<F4>,
     w: &mut Array<F4>,
-    d_o_at: Strides,
     here: Chunk,
     hv: usize,
     record: usize,
@@ -232,7 +230,7 @@ pub(crate) fn through_states<F: Float, N: Size>(
     }
     for v in 0..comptime!(bp.value_slices()) {
         let mut fetched = Fetched::new(bp);
-        fetch_rows(&mut fetched, d_o, scratch, d_o_at, here, hv, record, v, bp);
+        fetch_rows(&mut fetched, d_o, scratch, here, hv, record, v, bp);
         fetch_states(&mut fetched, scratch, record, slice, v, bp);
         put_rows(&fetched, rows, bp);
         #[unroll]

@@ -7,36 +7,25 @@ use super::blueprint::Blueprint;
 use super::stage::{Parcel, Pass, Stage, steps_of};
 use super::state::{Place, State, Sums, place_of, row};
 use crate::known::known_or;
-use crate::record::{StateStrides, Strides, sequence, store};
+use crate::record::{sequence, store};
+use crate::tensors::{Gating, States, Strided};
 
 /// Writes o and the final state. Tensors that the blueprint does not mention may be any buffer; `q` is multiplied by
 /// `scale`. `table` lists the sequences (see `record.rs`).
 #[cube(launch_unchecked)]
 pub fn scan<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size, S: Size>(
-    q: &Array<Vector<F, N>>,
-    k: &Array<Vector<F, N>>,
-    v: &Array<Vector<F, M>>,
-    beta: &Array<B>,
-    g: &Array<G>,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
-    initial_state: &Array<Vector<f32, S>>,
+    q: &Strided<Vector<F, N>>,
+    k: &Strided<Vector<F, N>>,
+    v: &Strided<Vector<F, M>>,
+    gating: &Gating<B, G>,
+    initial_state: &States<Vector<f32, S>>,
     table: &Array<u32>,
-    o: &mut Array<Vector<F, M>>,
-    final_state: &mut Array<Vector<f32, S>>,
-    q_at: Strides,
-    k_at: Strides,
-    v_at: Strides,
-    beta_at: Strides,
-    g_at: Strides,
-    o_at: Strides,
-    initial_at: StateStrides,
-    final_at: StateStrides,
+    o: &mut Strided<Vector<F, M>>,
+    final_state: &mut States<Vector<f32, S>>,
     sequences: u32,
     heads: u32,
     group: u32,
     scale: f32,
-    lower_bound: f32,
     #[comptime] bp: Blueprint,
     #[define(F, B, G)] _types: [StorageType; 3],
 ) {
@@ -53,7 +42,7 @@ pub fn scan<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size, S: Size>(
     let at = place_of(CUBE_POS, 0u32, heads, bp);
     let seq = sequence(table, at.n);
     let steps = seq.tokens * n_h;
-    let mut state = State::<C>::load(initial_state, initial_at, at, bp.spec.has_initial_state, bp);
+    let mut state = State::<C>::load(initial_state, at, bp.spec.has_initial_state, bp);
 
     let mut parcel = Parcel::<C>::new(bp);
     let stages = (steps + bp.stage - 1) / bp.stage;
@@ -62,28 +51,10 @@ pub fn scan<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size, S: Size>(
     for next in 0..stages + 1 {
         // What the last turn has asked for; nothing at first.
         if here > 0 {
-            stage.put(&parcel, a_log, dt_bias, at, step0, lower_bound, Pass::Forward, bp);
+            stage.put(&parcel, &gating.formula, at, step0, Pass::Forward, bp);
         }
         let (after, rows) = steps_of(next, stages, steps, bp);
-        parcel.fetch(
-            q,
-            k,
-            v,
-            beta,
-            g,
-            q_at,
-            k_at,
-            v_at,
-            beta_at,
-            g_at,
-            at,
-            seq,
-            after,
-            rows,
-            group,
-            Pass::Forward,
-            bp,
-        );
+        parcel.fetch(q, k, v, gating, at, seq, after, rows, group, Pass::Forward, bp);
         for i in 0..here {
             let step = step0 + i;
             advance(&mut state, &mut erased, &stage, i, step, at, bp);
@@ -98,15 +69,15 @@ pub fn scan<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size, S: Size>(
         let mut z = UNIT_POS as usize;
         while z < ((step0 + here) / n_h - first) * cols {
             let (token, col) = (z / cols, z % cols);
-            let o_row = o_at.at(seq.row, seq.start + first + token, at.hv);
+            let o_row = o.at.at(seq.row, seq.start + first + token, at.hv);
             let channel = at.channel + col * bp.unit_values - at.col * bp.unit_values;
-            store(o, o_row, channel, read.total(token, col, bp), bp.spec.value_dim);
+            store(&mut o.data, o_row, channel, read.total(token, col, bp), bp.spec.value_dim);
             z += comptime!(bp.scan_units());
         }
         step0 = after;
         here = rows;
     }
-    state.store(final_state, final_at, at, bp);
+    state.store(final_state, at, bp);
 }
 
 /// Micro-step `step`, `i` of those staged: S <- D S, r = v - S^T k, S <- S + beta k r^T. Returns r. There is a barrier

@@ -6,8 +6,9 @@ use super::blueprint::{Blueprint, NORM_PIECES};
 use super::state::Place;
 use crate::known::known_or;
 use crate::math::{beta_of, decay_of, decays_of, dot, gate_constants};
-use crate::record::{F4, Sequence, Strides, load, load_gates};
+use crate::record::{F4, Sequence, load, load_gates};
 use crate::spec::Decay;
+use crate::tensors::{GateFormula, Gating, Strided};
 
 /// What a pass over the state takes from each micro-step.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -61,16 +62,10 @@ impl<C: Size> Parcel<C> {
     /// Asks for micro-steps `step0..step0 + here` of a sequence, `x` being v, or dO on the way back.
     pub(crate) fn fetch<F: Float, B: Float, G: Float, N: Size, M: Size>(
         &mut self,
-        q: &Array<Vector<F, N>>,
-        k: &Array<Vector<F, N>>,
-        x: &Array<Vector<F, M>>,
-        beta: &Array<B>,
-        g: &Array<G>,
-        q_at: Strides,
-        k_at: Strides,
-        x_at: Strides,
-        beta_at: Strides,
-        g_at: Strides,
+        q: &Strided<Vector<F, N>>,
+        k: &Strided<Vector<F, N>>,
+        x: &Strided<Vector<F, M>>,
+        gating: &Gating<B, G>,
         at: Place,
         seq: Sequence,
         step0: usize,
@@ -79,6 +74,7 @@ impl<C: Size> Parcel<C> {
         #[comptime] pass: Pass,
         #[comptime] bp: Blueprint,
     ) {
+        let (beta, g) = (&gating.beta, &gating.g);
         let n_h = comptime!(bp.spec.micro_steps);
         let (key_dim, value_dim) = comptime!((bp.spec.key_dim, bp.spec.value_dim));
         let h = at.hv / group as usize;
@@ -89,13 +85,13 @@ impl<C: Size> Parcel<C> {
             let c = 4 * c4;
             let step = step0 + i;
             let token = seq.start + step / n_h;
-            self.keys[n] = load(k, k_at.at(seq.row, first + i, h), c, i < here, key_dim);
+            self.keys[n] = load(&k.data, k.at.at(seq.row, first + i, h), c, i < here, key_dim);
             if comptime!(pass != Pass::Replay) {
                 let ends = i < here && (step + 1) % n_h == 0;
-                self.queries[n] = load(q, q_at.at(seq.row, token, h), c, ends, key_dim);
+                self.queries[n] = load(&q.data, q.at.at(seq.row, token, h), c, ends, key_dim);
             }
             if comptime!(bp.spec.decay == Decay::Channel) {
-                self.gates[n] = load_gates(g, g_at.at(seq.row, token, at.hv), c, i < here, key_dim);
+                self.gates[n] = load_gates(&g.data, g.at.at(seq.row, token, at.hv), c, i < here, key_dim);
             }
         }
         #[unroll]
@@ -107,7 +103,7 @@ impl<C: Size> Parcel<C> {
                 valid = valid && (step0 + i + 1) % n_h == 0;
                 t = seq.start + (step0 + i) / n_h;
             }
-            self.values[n] = load(x, x_at.at(seq.row, t, at.hv), at.channel, valid, value_dim);
+            self.values[n] = load(&x.data, x.at.at(seq.row, t, at.hv), at.channel, valid, value_dim);
         }
         #[unroll]
         for n in 0..comptime!(bp.staged_scalars()) {
@@ -115,10 +111,10 @@ impl<C: Size> Parcel<C> {
             self.betas[n] = 0.0f32;
             self.head_gates[n] = 0.0f32;
             if i < here {
-                self.betas[n] = f32::cast_from(beta[beta_at.at(seq.row, first + i, at.hv)]);
+                self.betas[n] = f32::cast_from(beta.data[beta.at.at(seq.row, first + i, at.hv)]);
                 if comptime!(bp.spec.decay == Decay::Head) {
                     let token = seq.start + (step0 + i) / n_h;
-                    self.head_gates[n] = f32::cast_from(g[g_at.at(seq.row, token, at.hv)]);
+                    self.head_gates[n] = f32::cast_from(g.data[g.at.at(seq.row, token, at.hv)]);
                 }
             }
         }
@@ -164,11 +160,9 @@ impl<C: Size> Stage<C> {
     pub(crate) fn put(
         &mut self,
         from: &Parcel<C>,
-        a_log: &Array<f32>,
-        dt_bias: &Array<f32>,
+        formula: &GateFormula,
         at: Place,
         step0: usize,
-        lower_bound: f32,
         #[comptime] pass: Pass,
         #[comptime] bp: Blueprint,
     ) {
@@ -186,8 +180,7 @@ impl<C: Size> Stage<C> {
                 }
                 if comptime!(bp.spec.decay == Decay::Channel) {
                     let starts = (step0 + i) % n_h == 0;
-                    self.decays[to] =
-                        decays_of(from.gates[n], a_log, dt_bias, at.hv, 4 * c, starts, lower_bound, bp.spec);
+                    self.decays[to] = decays_of(from.gates[n], formula, at.hv, 4 * c, starts, bp.spec);
                 }
             }
         }
@@ -204,8 +197,9 @@ impl<C: Size> Stage<C> {
             if i < bp.stage {
                 self.betas[i] = beta_of(from.betas[n], bp.spec.beta);
                 if comptime!(bp.spec.decay == Decay::Head) {
-                    let (a, bias) = gate_constants(a_log, dt_bias, at.hv, 0usize, bp.spec);
-                    self.head_decays[i] = decay_of(from.head_gates[n], a, bias, lower_bound, bp.spec.gate);
+                    let (a, bias) = gate_constants(formula, at.hv, 0usize, bp.spec);
+                    self.head_decays[i] =
+                        decay_of(from.head_gates[n], a, bias, formula.lower_bound, bp.spec.gate);
                 }
             }
         }

@@ -8,8 +8,9 @@ use cubecl::prelude::*;
 use super::blueprint::Blueprint;
 use super::stage::Stage;
 use crate::known::{known_and, known_or};
-use crate::record::{F4, StateStrides};
+use crate::record::F4;
 use crate::spec::Decay;
+use crate::tensors::States;
 
 /// What a cube of `scan` or `sweep` works on, and which part of it a unit does.
 #[derive(CubeType, Clone, Copy)]
@@ -54,29 +55,28 @@ impl<C: Size> State<C> {
     /// Zero where none is `given`, and beyond K and V. It is read by vectors of as many value channels, if these lie side by
     /// side, or one by one.
     pub(crate) fn load<S: Size>(
-        from: &Array<Vector<f32, S>>,
-        from_at: StateStrides,
+        from: &States<Vector<f32, S>>,
         at: Place,
         #[comptime] given: bool,
         #[comptime] bp: Blueprint,
     ) -> State<C> {
-        let lanes = from.vector_size();
+        let lanes = from.data.vector_size();
         let mut keys = Array::<Vector<f32, C>>::new(bp.unit_keys);
         #[unroll]
         for r in 0..bp.unit_keys {
             let mut s = Vector::<f32, C>::new(0.0f32);
             let key = at.part * bp.unit_keys + r;
             if known_and(given, is_key(key, bp)) {
-                let row = from_at.row(at.n, at.hv, key);
+                let row = from.at.row(at.n, at.hv, key);
                 if comptime!(lanes == bp.unit_values) {
                     if is_value(at.channel, bp) {
-                        s = Vector::cast_from(from[(row + at.channel) / lanes]);
+                        s = Vector::cast_from(from.data[(row + at.channel) / lanes]);
                     }
                 } else {
                     #[unroll]
                     for e in 0..bp.unit_values {
                         if is_value(at.channel + e, bp) {
-                            s[e] = from[row + (at.channel + e) * from_at.v as usize][0];
+                            s[e] = from.data[row + (at.channel + e) * from.at.v as usize][0];
                         }
                     }
                 }
@@ -89,26 +89,25 @@ impl<C: Size> State<C> {
     /// The reverse of [`load`](Self::load).
     pub(crate) fn store<S: Size>(
         &self,
-        to: &mut Array<Vector<f32, S>>,
-        to_at: StateStrides,
+        to: &mut States<Vector<f32, S>>,
         at: Place,
         #[comptime] bp: Blueprint,
     ) {
-        let lanes = to.vector_size();
+        let lanes = to.data.vector_size();
         #[unroll]
         for r in 0..bp.unit_keys {
             let key = at.part * bp.unit_keys + r;
             if is_key(key, bp) {
-                let row = to_at.row(at.n, at.hv, key);
+                let row = to.at.row(at.n, at.hv, key);
                 if comptime!(lanes == bp.unit_values) {
                     if is_value(at.channel, bp) {
-                        to[(row + at.channel) / lanes] = Vector::cast_from(self.keys[r]);
+                        to.data[(row + at.channel) / lanes] = Vector::cast_from(self.keys[r]);
                     }
                 } else {
                     #[unroll]
                     for e in 0..bp.unit_values {
                         if is_value(at.channel + e, bp) {
-                            to[row + (at.channel + e) * to_at.v as usize] =
+                            to.data[row + (at.channel + e) * to.at.v as usize] =
                                 Vector::cast_from(self.keys[r][e]);
                         }
                     }

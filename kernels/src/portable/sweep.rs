@@ -15,43 +15,30 @@ use super::scan::advance;
 use super::stage::{Parcel, Pass, Stage, steps_of};
 use super::state::{Place, State, Sums, place_of, row, row_of};
 use crate::known::known_or;
-use crate::record::{Sequence, StateStrides, Strides, sequence, store};
+use crate::record::{Sequence, sequence, store};
+use crate::tensors::{Gating, States, Strided};
 
 /// Leaves in the records beta and the factors of k and q, the state before and the gradient of the state after every chunk,
 /// R and dV, and writes the gradients of v and of the initial state. The first half of the cubes goes forwards, the
 /// second backwards.
 #[cube(launch_unchecked)]
 pub fn sweep<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size, S: Size>(
-    q: &Array<Vector<F, N>>,
-    k: &Array<Vector<F, N>>,
-    v: &Array<Vector<F, M>>,
-    beta: &Array<B>,
-    g: &Array<G>,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
-    d_o: &Array<Vector<F, M>>,
+    q: &Strided<Vector<F, N>>,
+    k: &Strided<Vector<F, N>>,
+    v: &Strided<Vector<F, M>>,
+    gating: &Gating<B, G>,
+    d_o: &Strided<Vector<F, M>>,
     scratch: &mut Array<Vector<f32, C>>,
-    initial_state: &Array<Vector<f32, S>>,
-    d_final_state: &Array<Vector<f32, S>>,
+    initial_state: &States<Vector<f32, S>>,
+    d_final_state: &States<Vector<f32, S>>,
     table: &Array<u32>,
-    dv: &mut Array<Vector<F, M>>,
-    d_initial_state: &mut Array<Vector<f32, S>>,
-    q_at: Strides,
-    k_at: Strides,
-    v_at: Strides,
-    beta_at: Strides,
-    g_at: Strides,
-    d_o_at: Strides,
-    dv_at: Strides,
-    initial_at: StateStrides,
-    d_final_at: StateStrides,
-    d_initial_at: StateStrides,
+    dv: &mut Strided<Vector<F, M>>,
+    d_initial_state: &mut States<Vector<f32, S>>,
     sequences: u32,
     first_head: u32,
     heads: u32,
     group: u32,
     scale: f32,
-    lower_bound: f32,
     #[comptime] has_d_final_state: bool,
     #[comptime] bp: Blueprint,
     #[define(F, B, G)] _types: [StorageType; 3],
@@ -72,7 +59,7 @@ pub fn sweep<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size, S: Size>(
     let mut step0 = 0usize;
     let mut here = 0usize;
     if CUBE_POS >= each {
-        let mut d_state = State::<C>::load(d_final_state, d_final_at, at, has_d_final_state, bp);
+        let mut d_state = State::<C>::load(d_final_state, at, has_d_final_state, bp);
         for done in 0..stages + 1 {
             let record = record_of(seq, step0, heads, at, bp);
             if here > 0 {
@@ -80,7 +67,7 @@ pub fn sweep<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size, S: Size>(
                 if end % bp.chunk == 0 || end == steps {
                     d_state.keep(scratch, record + comptime!(bp.in_unit_vectors(bp.d_state_at())), at, bp);
                 }
-                stage.put(&parcel, a_log, dt_bias, at, step0, lower_bound, Pass::Unwind, bp);
+                stage.put(&parcel, &gating.formula, at, step0, Pass::Unwind, bp);
                 if CUBE_POS % comptime!(bp.value_tiles()) == 0 {
                     stage.keep_factors(scratch, record, step0 % bp.chunk, bp);
                 }
@@ -88,74 +75,24 @@ pub fn sweep<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size, S: Size>(
             // From the last stage to the first; then one that is none.
             let next = select(done < stages, stages - usize::min(done + 1, stages), stages);
             let (before, rows) = steps_of(next, stages, steps, bp);
-            parcel.fetch(
-                q,
-                k,
-                d_o,
-                beta,
-                g,
-                q_at,
-                k_at,
-                d_o_at,
-                beta_at,
-                g_at,
-                at,
-                seq,
-                before,
-                rows,
-                group,
-                Pass::Unwind,
-                bp,
-            );
-            unwind(
-                &mut d_state,
-                &mut sums,
-                &stage,
-                scratch,
-                dv,
-                dv_at,
-                at,
-                seq,
-                record,
-                step0,
-                here,
-                scale,
-                bp,
-            );
+            parcel.fetch(q, k, d_o, gating, at, seq, before, rows, group, Pass::Unwind, bp);
+            unwind(&mut d_state, &mut sums, &stage, scratch, dv, at, seq, record, step0, here, scale, bp);
             step0 = before;
             here = rows;
         }
-        d_state.store(d_initial_state, d_initial_at, at, bp);
+        d_state.store(d_initial_state, at, bp);
     } else {
-        let mut state = State::<C>::load(initial_state, initial_at, at, bp.spec.has_initial_state, bp);
+        let mut state = State::<C>::load(initial_state, at, bp.spec.has_initial_state, bp);
         for next in 0..stages + 1 {
             let record = record_of(seq, step0, heads, at, bp);
             if here > 0 {
                 if step0 % bp.chunk == 0 {
                     state.keep(scratch, record + comptime!(bp.in_unit_vectors(bp.state_at())), at, bp);
                 }
-                stage.put(&parcel, a_log, dt_bias, at, step0, lower_bound, Pass::Replay, bp);
+                stage.put(&parcel, &gating.formula, at, step0, Pass::Replay, bp);
             }
             let (after, rows) = steps_of(next, stages, steps, bp);
-            parcel.fetch(
-                q,
-                k,
-                v,
-                beta,
-                g,
-                q_at,
-                k_at,
-                v_at,
-                beta_at,
-                g_at,
-                at,
-                seq,
-                after,
-                rows,
-                group,
-                Pass::Replay,
-                bp,
-            );
+            parcel.fetch(q, k, v, gating, at, seq, after, rows, group, Pass::Replay, bp);
             replay(&mut state, &mut sums, &stage, scratch, at, record, step0, here, bp);
             step0 = after;
             here = rows;
@@ -200,8 +137,7 @@ fn unwind<F: Float, M: Size, C: Size>(
     sums: &mut Sums<C>,
     stage: &Stage<C>,
     scratch: &mut Array<Vector<f32, C>>,
-    dv: &mut Array<Vector<F, M>>,
-    dv_at: Strides,
+    dv: &mut Strided<Vector<F, M>>,
     at: Place,
     seq: Sequence,
     record: usize,
@@ -229,8 +165,8 @@ fn unwind<F: Float, M: Size, C: Size>(
         if step % comptime!(bp.key_parts()) == at.part {
             scratch[record + comptime!(bp.in_unit_vectors(bp.dv_at())) + row_of(step % bp.chunk, at, bp)] =
                 d_v;
-            let row = dv_at.at(seq.row, seq.start * n_h + step, at.hv);
-            store(dv, row, at.channel, d_v, bp.spec.value_dim);
+            let row = dv.at.at(seq.row, seq.start * n_h + step, at.hv);
+            store(&mut dv.data, row, at.channel, d_v, bp.spec.value_dim);
         }
         d_state.write(&key, Vector::new(-1.0f32) * factor * d_v, bp);
         if known_or(n_h == 1, step % n_h == 0) {

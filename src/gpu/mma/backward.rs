@@ -3,17 +3,18 @@
 
 use cubecl::prelude::*;
 use cubecl::server::Handle;
+use delta_rule_kernels::mma::arguments::{InputGradientsLaunch, KeptLaunch};
 use delta_rule_kernels::mma::gradients::collect::{
     COLLECT_UNITS, CONSTANTS_UNITS, collect, collect_constants,
 };
 use delta_rule_kernels::mma::gradients::{GradientsBlueprint, gradients};
 use delta_rule_kernels::mma::sweep::{KEPT, sweep};
 use delta_rule_kernels::mma::{Blueprint, CHUNK, Pass, TILE};
-use delta_rule_kernels::{self as kernels, Spec, StridesLaunch};
+use delta_rule_kernels::{self as kernels, Spec, StridedLaunch, StridesLaunch};
 
 use super::{Launches, Records, applies, fits_page, most_chunks, scratch, widest_that_fills};
 use crate::gpu::backward::{Adjoint, Destinations};
-use crate::gpu::call::{Call, Table, array, cubes, strides, written};
+use crate::gpu::call::{Call, Table, array, cubes, strided, written, written_rows};
 use crate::gpu::tensors::Checked;
 use crate::{Decay, Ident, Result};
 
@@ -163,6 +164,12 @@ struct Kept {
     d_states: Buffer,
 }
 
+impl Kept {
+    fn arg<F: Float, R: Runtime>(&self) -> KeptLaunch<F, R> {
+        KeptLaunch::new(self.residuals.arg(), self.states.arg(), self.d_states.arg())
+    }
+}
+
 impl<R: Runtime> Launches<'_, R> {
     fn sweep(&self, from: &Adjoint<R>, to: &Destinations<R>, records: &Records, kept: &Kept, bp: Blueprint) {
         let call = self.call;
@@ -173,32 +180,18 @@ impl<R: Runtime> Launches<'_, R> {
                 self.client,
                 cubes(self.client, 2 * sequences * self.value_heads() * bp.value_tiles()),
                 CubeDim::new_1d(bp.units() as u32),
-                self.arg(Some(&call.q)),
-                self.arg(Some(&call.k)),
-                self.arg(Some(&call.v)),
-                self.arg(Some(&from.o)),
-                self.arg(call.initial_state.as_ref()),
-                self.arg(from.final_state.as_ref()),
+                self.read(Some(&call.q)),
+                self.read(Some(&call.k)),
+                self.read(Some(&call.v)),
+                self.read(Some(&from.o)),
+                self.states(call.initial_state.as_ref()),
+                self.states(from.final_state.as_ref()),
                 self.table(),
-                records.blocks(),
-                records.factors(),
-                kept.residuals.arg(),
-                kept.states.arg(),
-                kept.d_states.arg(),
-                written(self.client, &to.v),
-                to.initial_state.arg(),
-                strides(Some(&call.q)),
-                strides(Some(&call.k)),
-                strides(Some(&call.v)),
-                strides(Some(&from.o)),
-                strides(Some(&to.v)),
-                call.state_strides(call.initial_state.as_ref()),
-                call.state_strides(from.final_state.as_ref()),
-                call.state_strides(Some(&to.initial_state)),
-                call.problem.shape().tokens as u32,
-                sequences as u32,
-                self.value_heads() as u32,
-                call.group(),
+                records.arg(),
+                kept.arg(),
+                written_rows(self.client, &to.v),
+                call.states(to.initial_state.arg(), Some(&to.initial_state)),
+                self.sizes(sequences),
                 from.final_state.is_some(),
                 bp,
                 call.dtypes.data,
@@ -220,62 +213,44 @@ impl<R: Runtime> Launches<'_, R> {
     ) {
         let call = self.call;
         let (client, shape) = (self.client, call.problem.shape());
-        let d_g = to.g.as_ref().map_or_else(|| written(client, &to.beta), |g| written(client, g));
         // Where heads are grouped each value head writes its own share.
-        let (dq, dk) = match parts {
-            Some([q, k]) => (q.arg(), k.arg()),
-            None => (written(client, &to.q), written(client, &to.k)),
-        };
-        let share = |rows: usize, whole: &Checked<R>| match parts {
-            Some(_) => {
+        let (q_part, k_part) = parts.map(|[q, k]| (q, k)).unzip();
+        let share = |part: Option<&Buffer>, rows: usize, whole: &Checked<R>| match part {
+            Some(part) => {
                 let row = (shape.value_heads * shape.key_dim) as u32;
-                StridesLaunch::new(rows as u32 * row, row, shape.key_dim as u32)
+                let strides = StridesLaunch::new(rows as u32 * row, row, shape.key_dim as u32);
+                StridedLaunch::new(part.arg(), strides)
             }
-            None => strides(Some(whole)),
+            None => written_rows(client, whole),
         };
+        let d_g = written(client, to.g.as_ref().unwrap_or(&to.beta));
+        let gradients_of = InputGradientsLaunch::new(
+            share(q_part, shape.tokens, &to.q),
+            share(k_part, call.problem.steps(), &to.k),
+            written_rows(client, &to.beta),
+            strided(d_g, to.g.as_ref()),
+        );
         // Safety: as above.
         unsafe {
             gradients::launch_unchecked::<R>(
                 client,
                 cubes(client, blocks * self.value_heads()),
                 CubeDim::new_1d(bp.units() as u32),
-                self.arg(Some(&call.q)),
-                self.arg(Some(&call.k)),
-                self.arg(Some(&from.o)),
-                self.arg(Some(&to.v)),
-                self.arg(Some(&call.beta)),
-                self.arg(call.g.as_ref()),
-                self.arg(call.a_log.as_ref()),
-                self.arg(call.dt_bias.as_ref()),
+                self.read(Some(&call.q)),
+                self.read(Some(&call.k)),
+                self.read(Some(&from.o)),
+                self.read(Some(&to.v)),
+                self.gating(),
                 self.table(),
                 records.factors(),
-                kept.residuals.arg(),
-                kept.states.arg(),
-                kept.d_states.arg(),
-                dq,
-                dk,
-                written(client, &to.beta),
-                d_g,
+                kept.arg(),
+                gradients_of,
                 constants.arg(),
-                strides(Some(&call.q)),
-                strides(Some(&call.k)),
-                strides(Some(&from.o)),
-                strides(Some(&to.v)),
-                strides(Some(&call.beta)),
-                strides(call.g.as_ref()),
-                share(shape.tokens, &to.q),
-                share(call.problem.steps(), &to.k),
-                strides(Some(&to.beta)),
-                strides(to.g.as_ref()),
-                shape.tokens as u32,
-                call.problem.sequences() as u32,
+                self.sizes(call.problem.sequences()),
                 blocks as u32,
-                self.value_heads() as u32,
-                call.group(),
                 records.floats as u32,
                 (shape.value_dim / TILE) as u32,
                 call.scale(),
-                call.lower_bound(),
                 bp,
                 self.dtypes(),
             );
@@ -302,8 +277,7 @@ impl<R: Runtime> Launches<'_, R> {
                 cubes(self.client, (rows * shape.heads * channels).div_ceil(COLLECT_UNITS)),
                 CubeDim::new_1d(COLLECT_UNITS as u32),
                 parts.arg(),
-                written(self.client, out),
-                strides(Some(out)),
+                written_rows(self.client, out),
                 rows as u32,
                 per_row as u32,
                 shape.heads as u32,

@@ -1,12 +1,12 @@
 //! Forward: one launch, two where chunks are prepared beforehand, four where sequences are split.
 
 use cubecl::prelude::*;
-use delta_rule_kernels::StateStridesLaunch;
 use delta_rule_kernels::mma::{Blueprint, CHUNK, Pass, combine, forward};
+use delta_rule_kernels::{StateStridesLaunch, StatesLaunch};
 
 use super::{Launches, Records, applies, blueprints, fits_page, most_chunks, scratch, widest_that_fills};
 use crate::Result;
-use crate::gpu::call::{Call, Outputs, Table, array, cubes, cubes_by_sequence, strides, written};
+use crate::gpu::call::{Call, Outputs, Table, array, cubes, cubes_by_sequence, written_rows};
 use crate::gpu::split::{Split, slot_bytes, split};
 
 /// What is launched for a call.
@@ -62,7 +62,7 @@ pub(in crate::gpu) fn launch<R: Runtime>(
     let (segments, chunks) = (on.segments, on.chunks);
     let records = Records::new(client, &bp, if bp.prepared { chunks * heads } else { 0 })?;
     on.prepare(&records, bp);
-    let scan = |sequences: usize, transfer: bool, [from, to]: [State<R>; 2]| {
+    let scan = |sequences: usize, transfer: bool, [from, to]: [StatesLaunch<f32, R>; 2]| {
         let tiles = if transfer { bp.transfer_tiles() } else { bp.value_tiles() };
         let grid = match bp.pass {
             Pass::Segments => cubes_by_sequence(client, sequences, heads * tiles),
@@ -74,42 +74,26 @@ pub(in crate::gpu) fn launch<R: Runtime>(
                 client,
                 grid,
                 CubeDim::new_1d(bp.units() as u32),
-                on.arg(Some(&call.q)),
-                on.arg(Some(&call.k)),
-                on.arg(Some(&call.v)),
-                on.arg(Some(&call.beta)),
-                on.arg(call.g.as_ref()),
-                on.arg(call.a_log.as_ref()),
-                on.arg(call.dt_bias.as_ref()),
-                from.0,
+                on.read(Some(&call.q)),
+                on.read(Some(&call.k)),
+                on.read(Some(&call.v)),
+                on.gating(),
+                from,
                 on.table(),
-                records.blocks(),
-                records.factors(),
-                written(client, &outputs.o),
-                to.0,
-                strides(Some(&call.q)),
-                strides(Some(&call.k)),
-                strides(Some(&call.v)),
-                strides(Some(&call.beta)),
-                strides(call.g.as_ref()),
-                strides(Some(&outputs.o)),
-                from.1,
-                to.1,
-                problem.shape().tokens as u32,
-                problem.sequences() as u32,
+                records.arg(),
+                written_rows(client, &outputs.o),
+                to,
+                on.sizes(problem.sequences()),
                 segments as u32,
                 transfer as u32,
-                heads as u32,
-                call.group(),
                 call.scale(),
-                call.lower_bound(),
                 bp,
                 on.dtypes(),
             );
         }
     };
-    let initial = || (on.arg(call.initial_state.as_ref()), call.state_strides(call.initial_state.as_ref()));
-    let last = || (outputs.final_state.arg(), call.state_strides(Some(&outputs.final_state)));
+    let initial = || on.states(call.initial_state.as_ref());
+    let last = || call.states(outputs.final_state.arg(), Some(&outputs.final_state));
     if split.is_none() {
         scan(segments, false, [initial(), last()]);
         return Ok(());
@@ -119,28 +103,26 @@ pub(in crate::gpu) fn launch<R: Runtime>(
     let slots_arg = || array(&slots, slot_bytes(&spec) / 4 * segments * heads);
     let rows = (spec.value_dim + spec.key_dim) as u32;
     let (key_dim, heads_u32) = (spec.key_dim as u32, heads as u32);
-    let slot_strides = || StateStridesLaunch::new(heads_u32 * rows * key_dim, rows * key_dim, 1, key_dim);
-    scan(segments - problem.sequences(), true, [initial(), (slots_arg(), slot_strides())]);
+    let slot_states = || {
+        let strides = StateStridesLaunch::new(heads_u32 * rows * key_dim, rows * key_dim, 1, key_dim);
+        StatesLaunch::new(slots_arg(), strides)
+    };
+    scan(segments - problem.sequences(), true, [initial(), slot_states()]);
     // Safety: as above.
     unsafe {
-        let (initial_state, initial_at) = initial();
         combine::combine::launch_unchecked::<R>(
             client,
             cubes_by_sequence(client, problem.sequences(), heads * combine::tiles(&spec)),
             CubeDim::new_1d(combine::units(&spec) as u32),
-            initial_state,
+            initial(),
             on.table(),
             slots_arg(),
-            initial_at,
             (4 * segments + chunks) as u32,
             problem.sequences() as u32,
             heads_u32,
             spec,
         );
     }
-    scan(segments, false, [(slots_arg(), slot_strides()), last()]);
+    scan(segments, false, [slot_states(), last()]);
     Ok(())
 }
-
-/// A buffer of states and where they lie in it.
-type State<R> = (ArrayArg<R>, StateStridesLaunch<R>);

@@ -10,11 +10,12 @@ use cubecl::ir::StorageType;
 use cubecl::ir::features::MmaConfig;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
+use delta_rule_kernels::mma::arguments::{RecordsLaunch, SizesLaunch};
 use delta_rule_kernels::mma::prepare::{prepare, prepare_by_channel};
 use delta_rule_kernels::mma::{Blueprint, CHUNK, Pass};
-use delta_rule_kernels::{self as kernels, Spec};
+use delta_rule_kernels::{self as kernels, GatingLaunch, Spec, StatesLaunch, StridedLaunch};
 
-use super::call::{Call, Table, array, cubes, strides};
+use super::call::{Call, Table, array, cubes, strided};
 use super::tensors::Checked;
 use super::{MIN_BUFFER, f32_type};
 use crate::{Decay, Error, Result};
@@ -157,6 +158,25 @@ impl<'a, R: Runtime> Launches<'a, R> {
         }
     }
 
+    /// A tensor that is read.
+    fn read<T: CubePrimitive>(&self, tensor: Option<&Checked<R>>) -> StridedLaunch<T, R> {
+        strided(self.arg(tensor), tensor)
+    }
+
+    fn gating<B: CubePrimitive, G: CubePrimitive>(&self) -> GatingLaunch<B, G, R> {
+        self.call.gating(|tensor| self.arg(tensor))
+    }
+
+    /// States that are read.
+    fn states(&self, states: Option<&Checked<R>>) -> StatesLaunch<f32, R> {
+        self.call.states(self.arg(states), states)
+    }
+
+    fn sizes(&self, sequences: usize) -> SizesLaunch<R> {
+        let tokens = self.call.problem.shape().tokens;
+        SizesLaunch::new(tokens as u32, sequences as u32, self.value_heads() as u32, self.call.group())
+    }
+
     fn dtypes(&self) -> [StorageType; 3] {
         [self.call.dtypes.data, self.call.dtypes.beta, self.call.dtypes.gate]
     }
@@ -169,39 +189,43 @@ impl<'a, R: Runtime> Launches<'a, R> {
         let call = self.call;
         // It does not depend on how the values are dealt.
         let bp = Blueprint { value_tile: 16, held: 1, groups: 1, ..bp.recorded() };
-        let launch = match bp.spec.decay {
-            kernels::Decay::Channel => prepare_by_channel::launch_unchecked::<R>,
-            _ => prepare::launch_unchecked::<R>,
-        };
+        let grid = cubes(self.client, records.count.div_ceil(bp.prepared_chunks()));
+        let units = CubeDim::new_1d(bp.prepare_units() as u32);
         // Safety: every index lies inside its buffer, as `checked` has found from shapes and strides.
         unsafe {
-            launch(
-                self.client,
-                cubes(self.client, records.count.div_ceil(bp.prepared_chunks())),
-                CubeDim::new_1d(bp.prepare_units() as u32),
-                self.arg(Some(&call.q)),
-                self.arg(Some(&call.k)),
-                self.arg(Some(&call.beta)),
-                self.arg(call.g.as_ref()),
-                self.arg(call.a_log.as_ref()),
-                self.arg(call.dt_bias.as_ref()),
-                self.table(),
-                records.blocks(),
-                records.factors(),
-                strides(Some(&call.q)),
-                strides(Some(&call.k)),
-                strides(Some(&call.beta)),
-                strides(call.g.as_ref()),
-                call.problem.shape().tokens as u32,
-                self.segments as u32,
-                self.chunks as u32,
-                self.value_heads() as u32,
-                call.group(),
-                call.scale(),
-                call.lower_bound(),
-                bp,
-                self.dtypes(),
-            );
+            if bp.spec.decay == kernels::Decay::Channel {
+                prepare_by_channel::launch_unchecked::<R>(
+                    self.client,
+                    grid,
+                    units,
+                    self.read(Some(&call.q)),
+                    self.read(Some(&call.k)),
+                    self.gating(),
+                    self.table(),
+                    records.arg(),
+                    self.sizes(self.segments),
+                    self.chunks as u32,
+                    call.scale(),
+                    bp,
+                    self.dtypes(),
+                );
+            } else {
+                prepare::launch_unchecked::<R>(
+                    self.client,
+                    grid,
+                    units,
+                    self.read(Some(&call.q)),
+                    self.read(Some(&call.k)),
+                    self.gating(),
+                    self.table(),
+                    records.arg(),
+                    self.sizes(self.segments),
+                    self.chunks as u32,
+                    call.scale(),
+                    bp,
+                    self.dtypes(),
+                );
+            }
         }
     }
 }
@@ -229,8 +253,8 @@ impl Records {
         fits_page(client, count * (16 * units).max(4 * floats))
     }
 
-    fn blocks<R: Runtime>(&self) -> ArrayArg<R> {
-        array(&self.blocks, (8 * self.units * self.count).max(8))
+    fn arg<F: Float, R: Runtime>(&self) -> RecordsLaunch<F, R> {
+        RecordsLaunch::new(array(&self.blocks, (8 * self.units * self.count).max(8)), self.factors())
     }
 
     fn factors<R: Runtime>(&self) -> ArrayArg<R> {

@@ -5,7 +5,7 @@ use delta_rule_kernels::portable::scan::scan;
 
 use super::Launches;
 use crate::Result;
-use crate::gpu::call::{Call, Outputs, cubes, strides, written};
+use crate::gpu::call::{Call, Outputs, cubes, written_rows};
 
 /// `scan`.
 pub(in crate::gpu) fn forward<R: Runtime>(
@@ -27,30 +27,18 @@ pub(in crate::gpu) fn forward<R: Runtime>(
             on.value_vector(),
             bp.unit_values,
             on.state_vector(&[call.initial_state.as_ref(), Some(&outputs.final_state)]),
-            on.arg(Some(&call.q)),
-            on.arg(Some(&call.k)),
-            on.arg(Some(&call.v)),
-            on.arg(Some(&call.beta)),
-            on.arg(call.g.as_ref()),
-            on.arg(call.a_log.as_ref()),
-            on.arg(call.dt_bias.as_ref()),
-            on.arg(call.initial_state.as_ref()),
+            on.read(Some(&call.q)),
+            on.read(Some(&call.k)),
+            on.read(Some(&call.v)),
+            on.gating(),
+            on.states(call.initial_state.as_ref()),
             on.table(),
-            written(client, &outputs.o),
-            outputs.final_state.arg(),
-            strides(Some(&call.q)),
-            strides(Some(&call.k)),
-            strides(Some(&call.v)),
-            strides(Some(&call.beta)),
-            strides(call.g.as_ref()),
-            strides(Some(&outputs.o)),
-            call.state_strides(call.initial_state.as_ref()),
-            call.state_strides(Some(&outputs.final_state)),
+            written_rows(client, &outputs.o),
+            call.states(outputs.final_state.arg(), Some(&outputs.final_state)),
             sequences as u32,
             heads as u32,
             call.group(),
             call.scale(),
-            call.lower_bound(),
             bp,
             on.dtypes(),
         );

@@ -8,10 +8,10 @@ pub(super) use forward::forward;
 
 use cubecl::prelude::*;
 use cubecl::server::Handle;
-use delta_rule_kernels::Decay;
 use delta_rule_kernels::portable::Blueprint;
+use delta_rule_kernels::{Decay, GatingLaunch, StatesLaunch, StridedLaunch};
 
-use super::call::{Call, Table, array};
+use super::call::{Call, Table, array, strided};
 use super::tensors::Checked;
 use crate::gpu::f32_type;
 use crate::{Error, Result, StateLayout};
@@ -136,6 +136,20 @@ impl<'a, R: Runtime> Launches<'a, R> {
             Some(t) if t.elements > 0 => t.arg(),
             _ => self.table(),
         }
+    }
+
+    /// A tensor that is read.
+    fn read<T: CubePrimitive>(&self, tensor: Option<&Checked<R>>) -> StridedLaunch<T, R> {
+        strided(self.arg(tensor), tensor)
+    }
+
+    fn gating<B: CubePrimitive, G: CubePrimitive>(&self) -> GatingLaunch<B, G, R> {
+        self.call.gating(|tensor| self.arg(tensor))
+    }
+
+    /// States that are read.
+    fn states<T: CubePrimitive>(&self, states: Option<&Checked<R>>) -> StatesLaunch<T, R> {
+        self.call.states(self.arg(states), states)
     }
 
     fn dtypes(&self) -> [cubecl::ir::StorageType; 3] {

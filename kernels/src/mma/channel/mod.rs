@@ -28,13 +28,14 @@ pub(crate) use rows::leave_rows;
 
 use cubecl::prelude::*;
 
+use super::arguments::Rows;
 use super::blueprint::{BLOCKS, Blueprint, CHUNK, PREPARE_PLANES, SLICE, TILE};
-use super::stage::{Place, Source, StagedStrides, keys_of, queries_of};
+use super::stage::{Place, Source, keys_of, queries_of};
 use super::tile::{Frag, V2, V4, V8, unpack};
 use crate::known::known_or;
 use crate::math::{decay_of, gate_constants};
-use crate::record::Strides;
 use crate::spec::GateMap;
+use crate::tensors::Gating;
 
 /// Rows that a unit holds.
 const ROWS: usize = 2;
@@ -94,25 +95,21 @@ impl Slice {
 
 /// Reads a unit's share of chunk `c`. Rows past the end of the sequence repeat the last one, undecayed.
 #[cube]
-pub(crate) fn read_share<F: Float, G: Float>(
-    q: &Array<Vector<F, V8>>,
-    k: &Array<Vector<F, V8>>,
-    g: &Array<Vector<G, V4>>,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
-    strides: &StagedStrides,
-    g_at: &Strides,
-    lower_bound: f32,
+pub(crate) fn read_share<F: Float, B: Float, G: Float>(
+    q: &Rows<F>,
+    k: &Rows<F>,
+    gating: &Gating<B, Vector<G, V4>>,
     place: &Place,
     c: usize,
     at: Slice,
     #[comptime] bp: Blueprint,
 ) -> Share<F> {
-    let keys = read_rows::<F>(k, keys_of(&strides.k, place, c, bp), at);
-    let queries = read_rows::<F>(q, queries_of(&strides.q, place, c, bp), at);
+    let keys = read_rows::<F>(&k.data, keys_of::<F>(k, place, c, bp), at);
+    let queries = read_rows::<F>(&q.data, queries_of::<F>(q, place, c, bp), at);
     let mut from = Array::new(comptime!(ROWS * PAIRS));
     let mut to = Array::new(comptime!(ROWS * PAIRS));
-    let first = g_at.at(place.seq.row, place.seq.start + c * CHUNK, place.hv) / 4;
+    let g = &gating.g;
+    let first = g.at.at(place.seq.row, place.seq.start + c * CHUNK, place.hv) / 4;
     let tokens = (place.seq.tokens - c * CHUNK) as u32;
     #[unroll]
     for r in 0..ROWS {
@@ -123,7 +120,7 @@ pub(crate) fn read_share<F: Float, G: Float>(
             let mut raw = Vector::<f32, V4>::cast_from(0.0f32);
             if at.inside && known_or(bp.spec.gate != GateMap::Identity, valid) {
                 raw = Vector::cast_from(
-                    g[first + (row * (g_at.t / 4) + 2 * at.col + comptime!(half as u32)) as usize],
+                    g.data[first + (row * (g.at.t / 4) + 2 * at.col + comptime!(half as u32)) as usize],
                 );
             }
             #[unroll]
@@ -133,13 +130,12 @@ pub(crate) fn read_share<F: Float, G: Float>(
                 for e in 0..2usize {
                     let i = comptime!(2 * p + e);
                     let (a, bias) = gate_constants(
-                        a_log,
-                        dt_bias,
+                        &gating.formula,
                         place.hv,
                         (8 * at.col + comptime!((4 * half + i) as u32)) as usize,
                         bp.spec,
                     );
-                    let x = decay_of(raw[i], a, bias, lower_bound, bp.spec.gate);
+                    let x = decay_of(raw[i], a, bias, gating.formula.lower_bound, bp.spec.gate);
                     d[e] = select(known_or(bp.spec.gate == GateMap::Identity, at.inside && valid), x, 1.0f32);
                 }
                 from[comptime!(PAIRS * r + 2 * half + p)] = d;

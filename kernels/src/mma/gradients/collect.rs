@@ -2,10 +2,10 @@
 
 use cubecl::prelude::*;
 
+use super::super::arguments::Rows;
 use super::super::sweep::KEPT;
 use super::super::tile::V8;
 use crate::known::known_and;
-use crate::record::Strides;
 use crate::spec::Sources;
 
 /// Units of a cube of [`collect`](fn@collect).
@@ -18,8 +18,7 @@ pub const CONSTANTS_UNITS: usize = 128;
 #[cube(launch_unchecked, address_type = "u64")]
 pub fn collect<F: Float>(
     parts: &Array<Vector<F, V8>>,
-    out: &mut Array<Vector<F, V8>>,
-    out_at: Strides,
+    out: &mut Rows<F>,
     rows: u32,
     per_row: u32,
     heads: u32,
@@ -43,7 +42,8 @@ pub fn collect<F: Float>(
         sum += Vector::<f32, V8>::cast_from(parts[first + member * channels]);
     }
     let per_row = per_row as usize;
-    out[out_at.at(row / per_row, row % per_row, h) / 8 + c] = Vector::cast_from(sum);
+    let at = out.at.at(row / per_row, row % per_row, h) / 8 + c;
+    out.data[at] = Vector::cast_from(sum);
 }
 
 /// The gradients of `a_log` and `dt_bias`, over all blocks: one cube per head, of which `channels` (1, or K at most

@@ -2,6 +2,7 @@
 
 use cubecl::prelude::*;
 
+use super::super::arguments::Rows;
 use super::super::blueprint::{CHUNK, TILE};
 use super::super::tile::{Tile, V4, V8};
 use super::blueprint::{
@@ -9,7 +10,6 @@ use super::blueprint::{
 };
 use super::here::Here;
 use crate::known::{known_and, known_or};
-use crate::record::Strides;
 
 /// 16-byte units that the cube copies row by row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -115,20 +115,18 @@ pub(crate) type Parcel = Array<Vector<u32, V4>>;
 /// Sends for queries and keys. Behind the end of the block they repeat the last one.
 #[cube]
 pub(crate) fn send_for_rows<F: Float>(
-    q: &Array<Vector<F, V8>>,
-    k: &Array<Vector<F, V8>>,
-    q_at: &Strides,
-    k_at: &Strides,
+    q: &Rows<F>,
+    k: &Rows<F>,
     here: &Here,
     unit: usize,
     #[comptime] bp: GradientsBlueprint,
 ) -> Parcel {
     let row = here.row as usize;
-    let q0 = q_at.at(row, here.read(0u32), here.h as usize) / 8;
-    let k0 = k_at.at(row, here.step(0u32, bp.spec.micro_steps), here.h as usize) / 8;
+    let q0 = q.at.at(row, here.read(0u32), here.h as usize) / 8;
+    let k0 = k.at.at(row, here.step(0u32, bp.spec.micro_steps), here.h as usize) / 8;
     let mut parcel = Parcel::new(comptime!(rows_parcel(bp)));
-    send::<F>(&mut parcel, q, q0, q_at.t / 8, here.last_read(), unit, comptime!(queries(bp)));
-    send::<F>(&mut parcel, k, k0, k_at.t / 8, here.steps - 1, unit, comptime!(keys(bp)));
+    send::<F>(&mut parcel, &q.data, q0, q.at.t / 8, here.last_read(), unit, comptime!(queries(bp)));
+    send::<F>(&mut parcel, &k.data, k0, k.at.t / 8, here.steps - 1, unit, comptime!(keys(bp)));
     parcel
 }
 
@@ -148,11 +146,9 @@ pub(crate) fn put_rows<F: Float>(
 /// Sends for parcel `batch` of output gradients, residuals and the gradients of values.
 #[cube]
 pub(crate) fn send_for_values<F: Float>(
-    d_o: &Array<Vector<F, V8>>,
-    dv: &Array<Vector<F, V8>>,
+    d_o: &Rows<F>,
+    dv: &Rows<F>,
     residuals: &Array<Vector<F, V8>>,
-    d_o_at: &Strides,
-    dv_at: &Strides,
     here: &Here,
     unit: usize,
     #[comptime] batch: usize,
@@ -167,18 +163,18 @@ pub(crate) fn send_for_values<F: Float>(
     let last_rest = select(rest > 0, rest, 1u32) - 1;
     let last_first = select(here.steps < chunk, here.steps, chunk) - 1;
 
-    let d_o0 = d_o_at.at(row, here.read(0u32), here.hv as usize) / 8;
-    let dv0 = dv_at.at(row, here.step(0u32, bp.spec.micro_steps), here.hv as usize) / 8;
+    let d_o0 = d_o.at.at(row, here.read(0u32), here.hv as usize) / 8;
+    let dv0 = dv.at.at(row, here.step(0u32, bp.spec.micro_steps), here.hv as usize) / 8;
     let stride = comptime!((bp.spec.value_dim / 8) as u32).runtime();
     let mut parcel = Parcel::new(PARCEL);
     let part = comptime!(output_gradients(bp).of(batch));
-    send::<F>(&mut parcel, d_o, d_o0, d_o_at.t / 8, here.last_read(), unit, part);
+    send::<F>(&mut parcel, &d_o.data, d_o0, d_o.at.t / 8, here.last_read(), unit, part);
     let part = comptime!(residual_rows(bp, 0).of(batch));
     send::<F>(&mut parcel, residuals, first, stride, last_first, unit, part);
     let part = comptime!(residual_rows(bp, 1).of(batch));
     send::<F>(&mut parcel, residuals, second, stride, last_rest, unit, part);
     let part = comptime!(value_gradients(bp).of(batch));
-    send::<F>(&mut parcel, dv, dv0, dv_at.t / 8, here.steps - 1, unit, part);
+    send::<F>(&mut parcel, &dv.data, dv0, dv.at.t / 8, here.steps - 1, unit, part);
     parcel
 }
 
@@ -203,11 +199,9 @@ pub(crate) fn put_values<F: Float>(
 #[cube]
 pub(crate) fn load_values<F: Float>(
     tile: &mut Tile<F>,
-    d_o: &Array<Vector<F, V8>>,
-    dv: &Array<Vector<F, V8>>,
+    d_o: &Rows<F>,
+    dv: &Rows<F>,
     residuals: &Array<Vector<F, V8>>,
-    d_o_at: &Strides,
-    dv_at: &Strides,
     here: &Here,
     unit: usize,
     #[comptime] first: usize,
@@ -215,7 +209,7 @@ pub(crate) fn load_values<F: Float>(
 ) {
     #[unroll]
     for batch in first..comptime!(batches(bp)) {
-        let parcel = send_for_values::<F>(d_o, dv, residuals, d_o_at, dv_at, here, unit, batch, bp);
+        let parcel = send_for_values::<F>(d_o, dv, residuals, here, unit, batch, bp);
         put_values::<F>(&parcel, tile, here, unit, batch, bp);
     }
 }
@@ -267,14 +261,10 @@ fn put<F: Float>(parcel: &Parcel, tile: &mut Tile<F>, rows: u32, unit: usize, #[
 pub(crate) fn store_gradients<F: Float>(
     tile: &Tile<F>,
     floats: &SharedMemory<f32>,
-    q: &Array<Vector<F, V8>>,
-    k: &Array<Vector<F, V8>>,
-    dq: &mut Array<Vector<F, V8>>,
-    dk: &mut Array<Vector<F, V8>>,
-    q_at: &Strides,
-    k_at: &Strides,
-    dq_at: &Strides,
-    dk_at: &Strides,
+    q: &Rows<F>,
+    k: &Rows<F>,
+    dq: &mut Rows<F>,
+    dk: &mut Rows<F>,
     here: &Here,
     unit: usize,
     #[comptime] bp: GradientsBlueprint,
@@ -282,18 +272,18 @@ pub(crate) fn store_gradients<F: Float>(
     let row = here.row as usize;
     let token = here.read(0u32);
     let step = here.step(0u32, bp.spec.micro_steps);
-    let from = q_at.at(row, token, here.h as usize) / 8;
-    let to = dq_at.at(row, token, here.hv as usize) / 8;
+    let from = q.at.at(row, token, here.h as usize) / 8;
+    let to = dq.at.at(row, token, here.hv as usize) / 8;
     let part = comptime!(Part { at: bp.d_o_at(), ld: bp.value_row(), ..queries(bp) });
     let norms = QUERY_NORMS_AT.runtime();
     let along = ALONG_QUERIES_AT.runtime();
-    let (s, d) = (q_at.t / 8, dq_at.t / 8);
-    take::<F>(tile, floats, q, dq, from, s, to, d, here.reads, norms, along, unit, part, bp);
-    let from = k_at.at(row, step, here.h as usize) / 8;
-    let to = dk_at.at(row, step, here.hv as usize) / 8;
+    let (s, d) = (q.at.t / 8, dq.at.t / 8);
+    take::<F>(tile, floats, &q.data, &mut dq.data, from, s, to, d, here.reads, norms, along, unit, part, bp);
+    let from = k.at.at(row, step, here.h as usize) / 8;
+    let to = dk.at.at(row, step, here.hv as usize) / 8;
     let norms = KEY_NORMS_AT.runtime();
     let along = ALONG_KEYS_AT.runtime();
-    let (s, d) = (k_at.t / 8, dk_at.t / 8);
+    let (s, d) = (k.at.t / 8, dk.at.t / 8);
     #[unroll]
     for pass in 0..PASSES {
         let each = comptime!(BLOCK / PASSES);
@@ -305,7 +295,22 @@ pub(crate) fn store_gradients<F: Float>(
         let from = from + (first * s) as usize;
         let to = to + (first * d) as usize;
         let skip = comptime!(pass * (BLOCK / PASSES));
-        take::<F>(tile, floats, k, dk, from, s, to, d, rows, norms + skip, along + skip, unit, part, bp);
+        take::<F>(
+            tile,
+            floats,
+            &k.data,
+            &mut dk.data,
+            from,
+            s,
+            to,
+            d,
+            rows,
+            norms + skip,
+            along + skip,
+            unit,
+            part,
+            bp,
+        );
     }
 }
 

@@ -14,8 +14,8 @@ use super::pairs::Reads;
 use super::sums::{over_planes, which};
 use crate::known::known_and;
 use crate::math::{beta_of, beta_slope, gate_constants, gate_slopes, log_decay_of};
-use crate::record::Strides;
 use crate::spec::{Decay, GateMap};
+use crate::tensors::{GateFormula, Gating, Strided};
 
 /// Beta and g of two micro-steps of a lane, as the caller holds them.
 #[derive(CubeType, Clone, Copy)]
@@ -28,16 +28,14 @@ pub(crate) struct RawPair {
 /// block.
 #[cube]
 pub(crate) fn read_block_gates<B: Float, G: Float>(
-    beta: &Array<B>,
-    g: &Array<G>,
-    beta_at: &Strides,
-    g_at: &Strides,
+    gating: &Gating<B, G>,
     here: &Here,
     plane: usize,
     lane: usize,
     #[comptime] bp: GradientsBlueprint,
 ) -> RawPair {
     let n_h = comptime!(bp.spec.micro_steps);
+    let (beta, g) = (&gating.beta, &gating.g);
     let mut raw = RawPair { beta: Vector::cast_from(0.0f32), g: Vector::cast_from(0.0f32) };
     if plane < 2 {
         let last = here.steps - 1;
@@ -45,9 +43,9 @@ pub(crate) fn read_block_gates<B: Float, G: Float>(
         #[unroll]
         for e in 0..2usize {
             let own = u32::min((2 * lane + e) as u32, last);
-            raw.beta[e] = f32::cast_from(beta[beta_at.at(row, here.step(own, n_h), hv)]);
+            raw.beta[e] = f32::cast_from(beta.data[beta.at.at(row, here.step(own, n_h), hv)]);
             if comptime!(bp.spec.decay == Decay::Head) {
-                raw.g[e] = f32::cast_from(g[g_at.at(row, here.token(own, n_h), hv)]);
+                raw.g[e] = f32::cast_from(g.data[g.at.at(row, here.token(own, n_h), hv)]);
             }
         }
     }
@@ -58,9 +56,7 @@ pub(crate) fn read_block_gates<B: Float, G: Float>(
 #[cube]
 pub(crate) fn leave_gates(
     raw: &RawPair,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
-    lower_bound: f32,
+    formula: &GateFormula,
     scale: f32,
     here: &Here,
     reads: Reads,
@@ -71,7 +67,7 @@ pub(crate) fn leave_gates(
 ) {
     let n_h = comptime!(bp.spec.micro_steps);
     if plane == 0 {
-        let (a, bias) = gate_constants(a_log, dt_bias, here.hv as usize, 0usize, bp.spec);
+        let (a, bias) = gate_constants(formula, here.hv as usize, 0usize, bp.spec);
         let mut logs = Vector::<f32, V2>::cast_from(0.0f32);
         #[unroll]
         for e in 0..2usize {
@@ -79,7 +75,8 @@ pub(crate) fn leave_gates(
             let valid = own < here.steps as usize;
             floats[BETAS_AT + own] = select(valid, beta_of(raw.beta[e], bp.spec.beta), 0.0f32);
             if comptime!(bp.spec.decay == Decay::Head) {
-                let log = f32::max(log_decay_of(raw.g[e], a, bias, lower_bound, bp.spec.gate), LOWEST);
+                let log =
+                    f32::max(log_decay_of(raw.g[e], a, bias, formula.lower_bound, bp.spec.gate), LOWEST);
                 logs[e] =
                     select(valid && (here.step0 + own as u32) % comptime!(n_h as u32) == 0, log, 0.0f32);
             }
@@ -210,8 +207,7 @@ pub(crate) fn gradient_of_beta<F: Float, B: Float>(
     raw: &RawPair,
     tile: &Tile<F>,
     floats: &SharedMemory<f32>,
-    d_beta: &mut Array<B>,
-    d_beta_at: &Strides,
+    d_beta: &mut Strided<B>,
     here: &Here,
     plane: usize,
     lane: usize,
@@ -223,9 +219,9 @@ pub(crate) fn gradient_of_beta<F: Float, B: Float>(
             let own = 2 * lane + e;
             if own < here.steps as usize {
                 let step = here.step(own as u32, bp.spec.micro_steps);
-                let at = d_beta_at.at(here.row as usize, step, here.hv as usize);
+                let at = d_beta.at.at(here.row as usize, step, here.hv as usize);
                 let d = floats[KEY_NORMS_AT + own] * over_planes::<F>(tile, own, 0usize, bp)[which::KEY];
-                d_beta[at] = B::cast_from(d * beta_slope(raw.beta[e], bp.spec.beta));
+                d_beta.data[at] = B::cast_from(d * beta_slope(raw.beta[e], bp.spec.beta));
             }
         }
     }
@@ -237,14 +233,11 @@ pub(crate) fn gradient_of_gates<F: Float, G: Float>(
     raw: &RawPair,
     tile: &Tile<F>,
     floats: &SharedMemory<f32>,
-    dg: &mut Array<G>,
+    dg: &mut Strided<G>,
     constants: &mut Array<f32>,
-    dg_at: &Strides,
     here: &Here,
     cube: usize,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
-    lower_bound: f32,
+    formula: &GateFormula,
     plane: usize,
     lane: usize,
     #[comptime] bp: GradientsBlueprint,
@@ -288,7 +281,7 @@ pub(crate) fn gradient_of_gates<F: Float, G: Float>(
         let until = running_sum(earlier[0] + earlier[1], lane);
         let before = plane_shuffle_up(until, 1u32);
         let before = select(lane > 0, before, 0.0f32);
-        let (a, bias) = gate_constants(a_log, dt_bias, here.hv as usize, 0usize, bp.spec);
+        let (a, bias) = gate_constants(formula, here.hv as usize, 0usize, bp.spec);
         let mut by_a_log = 0.0f32;
         let mut by_bias = 0.0f32;
         #[unroll]
@@ -302,9 +295,10 @@ pub(crate) fn gradient_of_gates<F: Float, G: Float>(
                 } else {
                     d += earlier[0];
                 }
-                let (by_x, by_a) = gate_slopes(raw.g[e], a, bias, lower_bound, bp.spec.gate);
+                let (by_x, by_a) = gate_slopes(raw.g[e], a, bias, formula.lower_bound, bp.spec.gate);
                 let token = here.token(own as u32, bp.spec.micro_steps);
-                dg[dg_at.at(here.row as usize, token, here.hv as usize)] = G::cast_from(d * by_x);
+                let at = dg.at.at(here.row as usize, token, here.hv as usize);
+                dg.data[at] = G::cast_from(d * by_x);
                 by_bias += d * by_x;
                 by_a_log += d * by_a;
             }

@@ -2,8 +2,9 @@
 
 use cubecl::prelude::*;
 
+use super::super::arguments::{InputGradients, Kept, Rows};
 use super::super::blueprint::TILE;
-use super::super::tile::{Acc, Mma, Tile, V2, V8, by_depth, store, to_frag, zeros};
+use super::super::tile::{Acc, Mma, Tile, V2, by_depth, store, to_frag, zeros};
 use super::Own;
 use super::blueprint::{
     BETAS_AT, E_FACTORS_AT, GradientsBlueprint, H_FACTORS_AT, PASSES, READ_FACTORS_AT, Span,
@@ -16,41 +17,22 @@ use super::here::{HERE_WORDS, Here};
 use super::pairs::{Reads, add_from_behind, add_from_keys, leave_pairs};
 use super::states::{Column, Reading, leave_product, multiply_states, read_states};
 use super::sums::{Sums, along, rows_of, which};
-use crate::record::Strides;
+use crate::tensors::Gating;
 
 /// The block `here`. For arguments see [`gradients`](fn@super::gradients).
 #[cube]
 pub(crate) fn gradients_by_head<F: Float, B: Float, G: Float>(
-    q: &Array<Vector<F, V8>>,
-    k: &Array<Vector<F, V8>>,
-    d_o: &Array<Vector<F, V8>>,
-    dv: &Array<Vector<F, V8>>,
-    beta: &Array<B>,
-    g: &Array<G>,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
-    residuals: &Array<Vector<F, V8>>,
-    states: &Array<Vector<F, V8>>,
-    d_states: &Array<Vector<F, V8>>,
-    dq_out: &mut Array<Vector<F, V8>>,
-    dk_out: &mut Array<Vector<F, V8>>,
-    d_beta: &mut Array<B>,
-    dg: &mut Array<G>,
+    q: &Rows<F>,
+    k: &Rows<F>,
+    d_o: &Rows<F>,
+    dv: &Rows<F>,
+    gating: &Gating<B, G>,
+    kept: &Kept<F>,
+    to: &mut InputGradients<F, B, G>,
     constants: &mut Array<f32>,
-    q_at: &Strides,
-    k_at: &Strides,
-    d_o_at: &Strides,
-    dv_at: &Strides,
-    beta_at: &Strides,
-    g_at: &Strides,
-    dq_at: &Strides,
-    dk_at: &Strides,
-    d_beta_at: &Strides,
-    dg_at: &Strides,
     here: Here,
     value_steps: u32,
     scale: f32,
-    lower_bound: f32,
     #[comptime] bp: GradientsBlueprint,
 ) {
     let reads = Reads { step0: here.step0, first: here.read0 };
@@ -65,22 +47,22 @@ pub(crate) fn gradients_by_head<F: Float, B: Float, G: Float>(
     let plane = unit / 32;
     let own = Own::new(plane, lane, bp);
 
-    let raw = read_block_gates(beta, g, beta_at, g_at, &here, plane, lane, bp);
-    load_values::<F>(&mut tile, d_o, dv, residuals, d_o_at, dv_at, &here, unit, 0usize, bp);
+    let raw = read_block_gates::<B, G>(gating, &here, plane, lane, bp);
+    load_values::<F>(&mut tile, d_o, dv, &kept.residuals, &here, unit, 0usize, bp);
     // Queries and keys are on their way while pairs are multiplied, unless these need norms.
     let early = comptime!(bp.spec.qk_l2norm);
     if comptime!(early) {
-        let rows = send_for_rows::<F>(q, k, q_at, k_at, &here, unit, bp);
+        let rows = send_for_rows::<F>(q, k, &here, unit, bp);
         put_rows::<F>(&rows, &mut tile, &here, unit, bp);
     }
-    leave_gates(&raw, a_log, dt_bias, lower_bound, scale, &here, reads, &mut floats, plane, lane, bp);
+    leave_gates(&raw, &gating.formula, scale, &here, reads, &mut floats, plane, lane, bp);
     leave_ones(&mut floats, unit, bp);
     sync_cube();
     leave_norms::<F>(&tile, &mut floats, unit, bp);
     if comptime!(early) {
         leave_pairs::<F>(&mma, &mut tile, &floats, reads, scale, plane, lane, bp);
     } else {
-        let rows = send_for_rows::<F>(q, k, q_at, k_at, &here, unit, bp);
+        let rows = send_for_rows::<F>(q, k, &here, unit, bp);
         leave_pairs::<F>(&mma, &mut tile, &floats, reads, scale, plane, lane, bp);
         put_rows::<F>(&rows, &mut tile, &here, unit, bp);
     }
@@ -88,7 +70,7 @@ pub(crate) fn gradients_by_head<F: Float, B: Float, G: Float>(
     let column = Column::new(here.head_of(here.kept), value_steps, own, bp);
     let together = comptime!(bp.reads_states_together());
     if comptime!(!together && bp.splits_pairs()) {
-        let product = multiply_states::<F>(states, d_states, column, bp);
+        let product = multiply_states::<F>(kept, column, bp);
         leave_product(&mut floats, product, own);
     }
     let mut sums = Sums::new();
@@ -101,9 +83,8 @@ pub(crate) fn gradients_by_head<F: Float, B: Float, G: Float>(
         let mut h = zeros(comptime!(2 * rows.tiles));
         let data = storage_type_of::<F>();
         let reading = comptime!(if together { Reading::both(bp, data) } else { Reading::STATES });
-        let product = read_states::<F>(
-            &mma, &tile, states, d_states, column, &mut dq, &mut e, &mut h, own, reading, pass, bp,
-        );
+        let product =
+            read_states::<F>(&mma, &tile, kept, column, &mut dq, &mut e, &mut h, own, reading, pass, bp);
         if comptime!(reading.multiplies(pass, bp)) {
             leave_product(&mut floats, product, own);
         }
@@ -115,39 +96,34 @@ pub(crate) fn gradients_by_head<F: Float, B: Float, G: Float>(
         finish_queries::<F>(&mma, &mut tile, &mut dq, &mut sums, &mut more_sums, own, pass, bp);
         if comptime!(!together) {
             let reading = comptime!(Reading::D_STATES);
-            read_states::<F>(
-                &mma, &tile, states, d_states, column, &mut dq, &mut e, &mut h, own, reading, pass, bp,
-            );
+            read_states::<F>(&mma, &tile, kept, column, &mut dq, &mut e, &mut h, own, reading, pass, bp);
         }
         scale_rows(&mut h, &floats, H_FACTORS_AT, lane, rows);
         finish_keys::<F>(&mma, &mut tile, &floats, &mut e, &mut h, &mut sums, &mut more_sums, own, pass, bp);
     }
     let here = Here::left(&words);
-    let raw = read_block_gates(beta, g, beta_at, g_at, &here, plane, lane, bp);
+    let raw = read_block_gates::<B, G>(gating, &here, plane, lane, bp);
     sums.leave::<F>(&mut tile, own, 0usize, bp);
     if comptime!(bp.spec.qk_l2norm) {
         more_sums.leave::<F>(&mut tile, own, 1usize, bp);
     }
     sync_cube();
     leave_along::<F>(&tile, &mut floats, unit, bp);
-    store_gradients::<F>(&tile, &floats, q, k, dq_out, dk_out, q_at, k_at, dq_at, dk_at, &here, unit, bp);
+    store_gradients::<F>(&tile, &floats, q, k, &mut to.q, &mut to.k, &here, unit, bp);
     gradient_of_gates::<F, G>(
         &raw,
         &tile,
         &floats,
-        dg,
+        &mut to.g,
         constants,
-        dg_at,
         &here,
         CUBE_POS,
-        a_log,
-        dt_bias,
-        lower_bound,
+        &gating.formula,
         plane,
         lane,
         bp,
     );
-    gradient_of_beta::<F, B>(&raw, &tile, &floats, d_beta, d_beta_at, &here, plane, lane, bp);
+    gradient_of_beta::<F, B>(&raw, &tile, &floats, &mut to.beta, &here, plane, lane, bp);
 }
 
 /// Rounds dQ and leaves it in place of the output gradients.

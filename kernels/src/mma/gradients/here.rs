@@ -2,6 +2,7 @@
 
 use cubecl::prelude::*;
 
+use super::super::arguments::Sizes;
 use super::super::blueprint::CHUNK;
 use super::super::stage::sequence_of;
 use super::super::sweep::{KEPT, first_kept};
@@ -37,13 +38,11 @@ impl Here {
     /// and no block begins with its chunk.
     pub(crate) fn find(
         table: &Array<u32>,
-        tokens: u32,
-        sequences: u32,
+        sizes: Sizes,
         blocks: u32,
-        heads: u32,
-        group: u32,
         #[comptime] bp: GradientsBlueprint,
     ) -> Self {
+        let Sizes { tokens, sequences, heads, group } = sizes;
         let cube = CUBE_POS as u32;
         if CUBE_POS >= (blocks * heads) as usize {
             terminate!();

@@ -28,94 +28,53 @@ pub use blueprint::{BLOCK, GradientsBlueprint};
 
 use cubecl::prelude::*;
 
-use super::tile::{V8, by_depth};
-use crate::record::Strides;
+use super::arguments::{InputGradients, Kept, Rows, Sizes};
+use super::tile::by_depth;
+use crate::tensors::Gating;
 use channel::gradients_by_channel;
 use head::gradients_by_head;
 use here::Here;
 
-/// Reads what [`sweep`](mod@super::sweep) has left, and `dv`; writes the other gradients. `dq` and `dk` have a head
-/// for each value head. `constants` takes, for each block and head, the gradients of `a_log` and `dt_bias`.
+/// Reads what [`sweep`](mod@super::sweep) has left, and `dv`; writes the other gradients. `constants` takes, for each block and head, the gradients of `a_log` and `dt_bias`.
 ///
 /// `value_steps` is V / 16. Cube `p` takes head `p % heads` of block `p / heads`, or where sequences are packed of the block that begins with
 /// chunk `p / heads`, if one does. For other arguments see [`forward`](mod@super::forward).
 #[cube(launch_unchecked, fast_math = FastMath::all(), address_type = "u64")]
 pub fn gradients<F: Float, B: Float, G: Float>(
-    q: &Array<Vector<F, V8>>,
-    k: &Array<Vector<F, V8>>,
-    d_o: &Array<Vector<F, V8>>,
-    dv: &Array<Vector<F, V8>>,
-    beta: &Array<B>,
-    g: &Array<G>,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
+    q: &Rows<F>,
+    k: &Rows<F>,
+    d_o: &Rows<F>,
+    dv: &Rows<F>,
+    gating: &Gating<B, G>,
     table: &Array<u32>,
     record_factors: &Array<f32>,
-    residuals: &Array<Vector<F, V8>>,
-    states: &Array<Vector<F, V8>>,
-    d_states: &Array<Vector<F, V8>>,
-    dq_out: &mut Array<Vector<F, V8>>,
-    dk_out: &mut Array<Vector<F, V8>>,
-    d_beta: &mut Array<B>,
-    dg: &mut Array<G>,
+    kept: &Kept<F>,
+    to: &mut InputGradients<F, B, G>,
     constants: &mut Array<f32>,
-    q_at: Strides,
-    k_at: Strides,
-    d_o_at: Strides,
-    dv_at: Strides,
-    beta_at: Strides,
-    g_at: Strides,
-    dq_at: Strides,
-    dk_at: Strides,
-    d_beta_at: Strides,
-    dg_at: Strides,
-    tokens: u32,
-    sequences: u32,
+    sizes: Sizes,
     blocks: u32,
-    heads: u32,
-    group: u32,
     record_floats: u32,
     value_steps: u32,
     scale: f32,
-    lower_bound: f32,
     #[comptime] bp: GradientsBlueprint,
     #[define(F, B, G)] _types: [StorageType; 3],
 ) {
-    let here = Here::find(table, tokens, sequences, blocks, heads, group, bp);
+    let here = Here::find(table, sizes, blocks, bp);
     if comptime!(bp.by_channel()) {
         gradients_by_channel::<F, B, G>(
             q,
             k,
             d_o,
             dv,
-            beta,
-            g,
-            a_log,
-            dt_bias,
+            gating,
             record_factors,
-            residuals,
-            states,
-            d_states,
-            dq_out,
-            dk_out,
-            d_beta,
-            dg,
+            kept,
+            to,
             constants,
-            &q_at,
-            &k_at,
-            &d_o_at,
-            &dv_at,
-            &beta_at,
-            &g_at,
-            &dq_at,
-            &dk_at,
-            &d_beta_at,
-            &dg_at,
             here,
             record_floats,
             value_steps,
             scale,
-            lower_bound,
             bp,
         );
     } else {
@@ -124,32 +83,13 @@ pub fn gradients<F: Float, B: Float, G: Float>(
             k,
             d_o,
             dv,
-            beta,
-            g,
-            a_log,
-            dt_bias,
-            residuals,
-            states,
-            d_states,
-            dq_out,
-            dk_out,
-            d_beta,
-            dg,
+            gating,
+            kept,
+            to,
             constants,
-            &q_at,
-            &k_at,
-            &d_o_at,
-            &dv_at,
-            &beta_at,
-            &g_at,
-            &dq_at,
-            &dk_at,
-            &d_beta_at,
-            &dg_at,
             here,
             value_steps,
             scale,
-            lower_bound,
             bp,
         );
     }

@@ -6,6 +6,7 @@
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
 
+use super::super::arguments::Kept;
 use super::super::blueprint::{BLOCK_UNITS, TILE};
 use super::super::tile::{Acc, Frag, Mma, Right, Tile, V2, V4, V8, load, mma2, multiply, unpack, zeros};
 use super::Own;
@@ -123,8 +124,7 @@ impl Reading {
 pub(crate) fn read_states<F: Float>(
     mma: &Mma<F>,
     tile: &Tile<F>,
-    states: &Array<Vector<F, V8>>,
-    d_states: &Array<Vector<F, V8>>,
+    kept: &Kept<F>,
     from: Column,
     dq: &mut Sequence<Acc>,
     e: &mut Sequence<Acc>,
@@ -140,11 +140,11 @@ pub(crate) fn read_states<F: Float>(
     let mut d_next = Array::<Vector<u32, V4>>::new(comptime!(reading.d_ahead.max(1)));
     #[unroll]
     for i in 0..comptime!(reading.ahead) {
-        next[i] = from.words::<F>(states, comptime!(i as u32).runtime(), bp);
+        next[i] = from.words::<F>(&kept.states, comptime!(i as u32).runtime(), bp);
     }
     #[unroll]
     for i in 0..comptime!(reading.d_ahead) {
-        d_next[i] = from.words::<F>(d_states, comptime!(i as u32).runtime(), bp);
+        d_next[i] = from.words::<F>(&kept.d_states, comptime!(i as u32).runtime(), bp);
     }
     let round_steps = comptime!(reading.round() as u32);
     for round in 0..from.steps.div_ceil(round_steps) {
@@ -162,7 +162,7 @@ pub(crate) fn read_states<F: Float>(
                 }
                 if comptime!(reading.ahead > 0) {
                     let right = turned::<F>(mma, &identity, Vector::reinterpret(next[place]));
-                    next[place] = from.words::<F>(states, step + comptime!(reading.ahead as u32), bp);
+                    next[place] = from.words::<F>(&kept.states, step + comptime!(reading.ahead as u32), bp);
                     sync_plane();
                     let reads = comptime!(bp.reads_of(pass));
                     add_product::<F>(mma, tile, dq, rows + comptime!(bp.d_o_at()), &right, reads, bp);
@@ -171,7 +171,8 @@ pub(crate) fn read_states<F: Float>(
                 }
                 if comptime!(reading.d_ahead > 0) {
                     let right = turned::<F>(mma, &identity, Vector::reinterpret(d_next[d_place]));
-                    d_next[d_place] = from.words::<F>(d_states, step + comptime!(reading.d_ahead as u32), bp);
+                    d_next[d_place] =
+                        from.words::<F>(&kept.d_states, step + comptime!(reading.d_ahead as u32), bp);
                     sync_plane();
                     let steps = comptime!(bp.steps_of(pass));
                     add_product::<F>(mma, tile, h, rows + comptime!(bp.r_at()), &right, steps, bp);
@@ -197,14 +198,13 @@ fn trace(x: &Sequence<Acc>, lane: usize) -> f32 {
 /// This unit's share of the sum of S . dS.
 #[cube]
 pub(crate) fn multiply_states<F: Float>(
-    states: &Array<Vector<F, V8>>,
-    d_states: &Array<Vector<F, V8>>,
+    kept: &Kept<F>,
     from: Column,
     #[comptime] bp: GradientsBlueprint,
 ) -> f32 {
     let mut sum = 0.0f32;
     for step in 0..from.steps {
-        sum += dot8::<F>(from.tile::<F>(states, step, bp), from.tile::<F>(d_states, step, bp));
+        sum += dot8::<F>(from.tile::<F>(&kept.states, step, bp), from.tile::<F>(&kept.d_states, step, bp));
     }
     sum
 }
@@ -222,8 +222,7 @@ pub(crate) fn leave_product(floats: &mut SharedMemory<f32>, product: f32, own: O
 #[cube]
 pub(crate) fn multiply_channels<F: Float>(
     floats: &mut SharedMemory<f32>,
-    states: &Array<Vector<F, V8>>,
-    d_states: &Array<Vector<F, V8>>,
+    kept: &Kept<F>,
     from: Column,
     own: Own,
     half: usize,
@@ -238,8 +237,8 @@ pub(crate) fn multiply_channels<F: Float>(
     let first = half as u32;
     for i in 0..(from.steps - first).div_ceil(2u32) {
         let step = 2 * i + first;
-        let x = Vector::<f32, V8>::cast_from(from.tile::<F>(states, step, bp));
-        let y = Vector::<f32, V8>::cast_from(from.tile::<F>(d_states, step, bp));
+        let x = Vector::<f32, V8>::cast_from(from.tile::<F>(&kept.states, step, bp));
+        let y = Vector::<f32, V8>::cast_from(from.tile::<F>(&kept.d_states, step, bp));
         #[unroll]
         for c in 0..4usize {
             let at = comptime!(c / 2 * 4 + c % 2);

@@ -7,16 +7,14 @@ use super::super::here::Here;
 use super::operands::{has_channel, place_of};
 use super::walk::by_keys;
 use crate::math::beta_slope;
-use crate::record::Strides;
 use crate::spec::GateMap;
+use crate::tensors::Strided;
 
 /// A unit takes a row.
 #[cube]
 pub(crate) fn gradient_of_beta<B: Float>(
-    beta: &Array<B>,
-    d_beta: &mut Array<B>,
-    beta_at: &Strides,
-    d_beta_at: &Strides,
+    beta: &Strided<B>,
+    d_beta: &mut Strided<B>,
     here: &Here,
     floats: &SharedMemory<f32>,
     unit: usize,
@@ -26,8 +24,9 @@ pub(crate) fn gradient_of_beta<B: Float>(
         let step = here.step(unit as u32, 1usize);
         let (row, hv) = (here.row as usize, here.hv as usize);
         let d = floats[KEY_NORMS_AT + unit] * by_keys(floats, unit, bp);
-        let raw = f32::cast_from(beta[beta_at.at(row, step, hv)]);
-        d_beta[d_beta_at.at(row, step, hv)] = B::cast_from(d * beta_slope(raw, bp.spec.beta));
+        let raw = f32::cast_from(beta.data[beta.at.at(row, step, hv)]);
+        let at = d_beta.at.at(row, step, hv);
+        d_beta.data[at] = B::cast_from(d * beta_slope(raw, bp.spec.beta));
     }
 }
 

@@ -19,14 +19,15 @@ mod walk;
 
 use cubecl::prelude::*;
 
+use super::super::arguments::{InputGradients, Kept, Rows};
 use super::super::blueprint::TILE;
-use super::super::tile::{Mma, Tile, V4, V8, by_depth, zeros};
+use super::super::tile::{Mma, Tile, V4, by_depth, zeros};
 use super::Own;
 use super::blueprint::{DIAGONAL, GradientsBlueprint, TILES};
 use super::copy::{load_values, put_rows, put_values, send_for_rows, send_for_values};
 use super::here::{HERE_WORDS, Here};
 use super::states::{Column, Reading, multiply_channels, read_states};
-use crate::record::Strides;
+use crate::tensors::Gating;
 use between::{add_from_behind, add_from_keys, carry_to_tiles, leave_pairs, leave_sums};
 use ends::{gradient_of_beta, leave_constants};
 use operands::{leave_operands, leave_row_factors, read_channel};
@@ -36,38 +37,19 @@ use walk::walk_channel;
 /// `record_floats` for each chunk and head.
 #[cube]
 pub(crate) fn gradients_by_channel<F: Float, B: Float, G: Float>(
-    q: &Array<Vector<F, V8>>,
-    k: &Array<Vector<F, V8>>,
-    d_o: &Array<Vector<F, V8>>,
-    dv: &Array<Vector<F, V8>>,
-    beta: &Array<B>,
-    g: &Array<G>,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
+    q: &Rows<F>,
+    k: &Rows<F>,
+    d_o: &Rows<F>,
+    dv: &Rows<F>,
+    gating: &Gating<B, G>,
     record_factors: &Array<f32>,
-    residuals: &Array<Vector<F, V8>>,
-    states: &Array<Vector<F, V8>>,
-    d_states: &Array<Vector<F, V8>>,
-    dq_out: &mut Array<Vector<F, V8>>,
-    dk_out: &mut Array<Vector<F, V8>>,
-    d_beta: &mut Array<B>,
-    dg: &mut Array<G>,
+    kept: &Kept<F>,
+    to: &mut InputGradients<F, B, G>,
     constants: &mut Array<f32>,
-    q_at: &Strides,
-    k_at: &Strides,
-    d_o_at: &Strides,
-    dv_at: &Strides,
-    beta_at: &Strides,
-    g_at: &Strides,
-    dq_at: &Strides,
-    dk_at: &Strides,
-    d_beta_at: &Strides,
-    dg_at: &Strides,
     here: Here,
     record_floats: u32,
     value_steps: u32,
     scale: f32,
-    lower_bound: f32,
     #[comptime] bp: GradientsBlueprint,
 ) {
     let mut tile = Tile::<F>::new_aligned(comptime!(bp.units_of_memory()), 128usize);
@@ -81,15 +63,15 @@ pub(crate) fn gradients_by_channel<F: Float, B: Float, G: Float>(
     let lane = unit % 32;
     let plane = unit / 32;
 
-    let raw = read_channel::<G>(g, g_at, &here, unit, bp);
-    let rows = send_for_rows::<F>(q, k, q_at, k_at, &here, unit, bp);
-    let values = send_for_values::<F>(d_o, dv, residuals, d_o_at, dv_at, &here, unit, 0usize, bp);
-    leave_row_factors(beta, record_factors, beta_at, &here, record_floats, scale, &mut floats, unit, bp);
+    let raw = read_channel::<G>(&gating.g, &here, unit, bp);
+    let rows = send_for_rows::<F>(q, k, &here, unit, bp);
+    let values = send_for_values::<F>(d_o, dv, &kept.residuals, &here, unit, 0usize, bp);
+    leave_row_factors(&gating.beta, record_factors, &here, record_floats, scale, &mut floats, unit, bp);
     put_rows::<F>(&rows, &mut tile, &here, unit, bp);
     put_values::<F>(&values, &mut tile, &here, unit, 0usize, bp);
-    load_values::<F>(&mut tile, d_o, dv, residuals, d_o_at, dv_at, &here, unit, 1usize, bp);
+    load_values::<F>(&mut tile, d_o, dv, &kept.residuals, &here, unit, 1usize, bp);
     sync_cube();
-    leave_operands::<F>(&raw, a_log, dt_bias, lower_bound, &here, &mut tile, &mut floats, unit, bp);
+    leave_operands::<F>(&raw, &gating.formula, &here, &mut tile, &mut floats, unit, bp);
     leave_pairs::<F>(&mma, &mut tile, &mut diagonals, plane, lane, bp);
     sync_cube();
 
@@ -109,15 +91,14 @@ pub(crate) fn gradients_by_channel<F: Float, B: Float, G: Float>(
     let mut through = zeros(TILES);
     if half < 2 {
         let column = Column::new(here.head_of(here.kept), value_steps, own, bp);
-        multiply_channels::<F>(&mut floats, states, d_states, column, own, half, bp);
+        multiply_channels::<F>(&mut floats, kept, column, own, half, bp);
         #[unroll]
         for which in 0..2usize {
             let reading = comptime!(if which == 0 { Reading::D_STATES } else { Reading::STATES });
             read_states::<F>(
                 &mma,
                 &tile,
-                states,
-                d_states,
+                kept,
                 column,
                 &mut dq,
                 &mut less_e,
@@ -145,26 +126,9 @@ pub(crate) fn gradients_by_channel<F: Float, B: Float, G: Float>(
         leave_sums::<F>(&through, &mut tile, comptime!(bp.channel_sums_at(3)), rows, own, bp);
     }
     sync_cube();
-    let (by_a_log, by_bias) = walk_channel::<F, G>(
-        g,
-        dq_out,
-        dk_out,
-        dg,
-        g_at,
-        dq_at,
-        dk_at,
-        dg_at,
-        &words,
-        a_log,
-        dt_bias,
-        lower_bound,
-        &mut tile,
-        &diagonals,
-        &mut floats,
-        unit,
-        bp,
-    );
+    let (by_a_log, by_bias) =
+        walk_channel::<F, B, G>(gating, to, &words, &mut tile, &diagonals, &mut floats, unit, bp);
     let here = Here::left(&words);
-    gradient_of_beta(beta, d_beta, beta_at, d_beta_at, &here, &floats, unit, bp);
+    gradient_of_beta(&gating.beta, &mut to.beta, &here, &floats, unit, bp);
     leave_constants(by_a_log, by_bias, constants, &mut floats, unit, bp);
 }

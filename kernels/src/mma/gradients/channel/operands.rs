@@ -10,7 +10,7 @@ use super::super::blueprint::{
 use super::super::here::Here;
 use crate::known::known_or;
 use crate::math::{beta_of, decay_of, gate_constants};
-use crate::record::Strides;
+use crate::tensors::{GateFormula, Strided};
 
 /// One element.
 pub(crate) type V1 = Const<1>;
@@ -39,19 +39,18 @@ pub(crate) fn has_channel(unit: usize, #[comptime] bp: GradientsBlueprint) -> bo
 /// The gates of a unit's rows, as the caller holds them; rows behind the end of the block repeat the last one.
 #[cube]
 pub(crate) fn read_channel<G: Float>(
-    g: &Array<G>,
-    g_at: &Strides,
+    g: &Strided<G>,
     here: &Here,
     unit: usize,
     #[comptime] bp: GradientsBlueprint,
 ) -> Array<f32> {
     let (t, d) = place_of(unit, bp);
     let mut out = Array::<f32>::new(TILE);
-    let first = g_at.at(here.row as usize, here.step(0u32, 1usize), here.hv as usize) + d as usize;
+    let first = g.at.at(here.row as usize, here.step(0u32, 1usize), here.hv as usize) + d as usize;
     #[unroll]
     for r in 0..TILE {
         let i = u32::min(t * comptime!(TILE as u32) + comptime!(r as u32), here.steps - 1);
-        out[r] = f32::cast_from(g[first + (i * g_at.t) as usize]);
+        out[r] = f32::cast_from(g.data[first + (i * g.at.t) as usize]);
     }
     out
 }
@@ -59,21 +58,19 @@ pub(crate) fn read_channel<G: Float>(
 /// The decays of a unit's rows; rows behind the end of the block do not decay.
 #[cube]
 pub(crate) fn decays(
-    g: &Array<f32>,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
-    lower_bound: f32,
+    raw: &Array<f32>,
+    formula: &GateFormula,
     here: &Here,
     unit: usize,
     #[comptime] bp: GradientsBlueprint,
 ) -> Array<f32> {
     let (t, d) = place_of(unit, bp);
-    let (a, bias) = gate_constants(a_log, dt_bias, here.hv as usize, d as usize, bp.spec);
+    let (a, bias) = gate_constants(formula, here.hv as usize, d as usize, bp.spec);
     let mut out = Array::<f32>::new(TILE);
     #[unroll]
     for r in 0..TILE {
         let valid = t * comptime!(TILE as u32) + comptime!(r as u32) < here.steps;
-        out[r] = select(valid, decay_of(g[r], a, bias, lower_bound, bp.spec.gate), 1.0f32);
+        out[r] = select(valid, decay_of(raw[r], a, bias, formula.lower_bound, bp.spec.gate), 1.0f32);
     }
     out
 }
@@ -81,9 +78,8 @@ pub(crate) fn decays(
 /// Leaves beta and the norms of rows, which the records hold, and what keys write in units of R.
 #[cube]
 pub(crate) fn leave_row_factors<B: Float>(
-    beta: &Array<B>,
+    beta: &Strided<B>,
     record_factors: &Array<f32>,
-    beta_at: &Strides,
     here: &Here,
     record_floats: u32,
     scale: f32,
@@ -95,7 +91,8 @@ pub(crate) fn leave_row_factors<B: Float>(
         let i = u32::min(unit as u32, here.steps - 1);
         let chunk = comptime!(CHUNK as u32);
         let at = here.head_of(here.chunk + i / chunk) * record_floats as usize + (i % chunk) as usize;
-        let raw = f32::cast_from(beta[beta_at.at(here.row as usize, here.step(i, 1usize), here.hv as usize)]);
+        let from = beta.at.at(here.row as usize, here.step(i, 1usize), here.hv as usize);
+        let raw = f32::cast_from(beta.data[from]);
         let beta = select((unit as u32) < here.steps, beta_of(raw, bp.spec.beta), 0.0f32);
         let norm = record_factors[at + ERASE_AT];
         let read = record_factors[at + READ_AT];
@@ -111,17 +108,15 @@ pub(crate) fn leave_row_factors<B: Float>(
 /// Leaves the operands of products between tiles, with all their factors, and the decay over the tile.
 #[cube]
 pub(crate) fn leave_operands<F: Float>(
-    g: &Array<f32>,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
-    lower_bound: f32,
+    raw: &Array<f32>,
+    formula: &GateFormula,
     here: &Here,
     tile: &mut Tile<F>,
     floats: &mut SharedMemory<f32>,
     unit: usize,
     #[comptime] bp: GradientsBlueprint,
 ) {
-    let decays = decays(g, a_log, dt_bias, lower_bound, here, unit, bp);
+    let decays = decays(raw, formula, here, unit, bp);
     if has_channel(unit, bp) {
         let (t, d) = place_of(unit, bp);
         let row = comptime!(8 * bp.key_row());

@@ -2,8 +2,9 @@
 
 use cubecl::prelude::*;
 
+use super::super::super::arguments::InputGradients;
 use super::super::super::blueprint::TILE;
-use super::super::super::tile::{Tile, V2, V8};
+use super::super::super::tile::{Tile, V2};
 use super::super::blueprint::{
     BETAS_AT, BLOCK, DIAGONAL, GradientsBlueprint, KEY_NORMS_AT, READ_NORMS_AT, READS_AT, TILES, WRITES_AT,
 };
@@ -11,7 +12,7 @@ use super::super::here::Here;
 use super::V4;
 use super::operands::{V1, decays, has_channel, place_of, read_channel};
 use crate::math::{gate_constants, gate_slopes};
-use crate::record::Strides;
+use crate::tensors::Gating;
 
 /// What is summed over channels: k . H, and where there is a norm k . dK and q . dQ.
 const KEY: usize = 0;
@@ -21,19 +22,10 @@ const ALONG_QUERY: usize = 2;
 /// Adds what flows inside tiles, stores dQ, dK and dg, and leaves the sums over channels. Returns the unit's share of the
 /// gradients of `a_log` and `dt_bias`.
 #[cube]
-pub(crate) fn walk_channel<F: Float, G: Float>(
-    g: &Array<G>,
-    dq_out: &mut Array<Vector<F, V8>>,
-    dk_out: &mut Array<Vector<F, V8>>,
-    dg: &mut Array<G>,
-    g_at: &Strides,
-    dq_at: &Strides,
-    dk_at: &Strides,
-    dg_at: &Strides,
+pub(crate) fn walk_channel<F: Float, B: Float, G: Float>(
+    gating: &Gating<B, G>,
+    to: &mut InputGradients<F, B, G>,
     words: &SharedMemory<u32>,
-    a_log: &Array<f32>,
-    dt_bias: &Array<f32>,
-    lower_bound: f32,
     tile: &mut Tile<F>,
     diagonals: &SharedMemory<Vector<f32, V4>>,
     floats: &mut SharedMemory<f32>,
@@ -44,8 +36,8 @@ pub(crate) fn walk_channel<F: Float, G: Float>(
     let owns = has_channel(unit, bp);
     let rows = (t * comptime!(TILE as u32)) as usize;
     let here = Here::left(words);
-    let raw = read_channel::<G>(g, g_at, &here, unit, bp);
-    let decays = decays(&raw, a_log, dt_bias, lower_bound, &here, unit, bp);
+    let raw = read_channel::<G>(&gating.g, &here, unit, bp);
+    let decays = decays(&raw, &gating.formula, &here, unit, bp);
 
     // Sums in f32 of the unit's channel; what is found takes the place of what it was made of.
     let ld = comptime!(8 * bp.key_row());
@@ -187,17 +179,17 @@ pub(crate) fn walk_channel<F: Float, G: Float>(
     }
 
     let here = Here::left(words);
-    let raw = read_channel::<G>(g, g_at, &here, unit, bp);
-    let (a, bias) = gate_constants(a_log, dt_bias, here.hv as usize, channel, bp.spec);
+    let raw = read_channel::<G>(&gating.g, &here, unit, bp);
+    let (a, bias) = gate_constants(&gating.formula, here.hv as usize, channel, bp.spec);
     let mut by_a_log = 0.0f32;
     let mut by_bias = 0.0f32;
     let row = here.row as usize;
     let step = here.step(0u32, 1usize) + rows;
-    let dq0 = dq_at.at(row, step, here.hv as usize) + channel;
-    let dk0 = dk_at.at(row, step, here.hv as usize) + channel;
-    let mut dq_out = dq_out.to_slice_mut().with_vector_size::<V1>();
-    let mut dk_out = dk_out.to_slice_mut().with_vector_size::<V1>();
-    let dg0 = dg_at.at(row, step, here.hv as usize) + channel;
+    let dq0 = to.q.at.at(row, step, here.hv as usize) + channel;
+    let dk0 = to.k.at.at(row, step, here.hv as usize) + channel;
+    let mut dq_out = to.q.data.to_slice_mut().with_vector_size::<V1>();
+    let mut dk_out = to.k.data.to_slice_mut().with_vector_size::<V1>();
+    let dg0 = to.g.at.at(row, step, here.hv as usize) + channel;
     #[unroll]
     for r in 0..TILE {
         if owns && rows as u32 + comptime!(r as u32) < here.steps {
@@ -215,12 +207,12 @@ pub(crate) fn walk_channel<F: Float, G: Float>(
             }
             d_q_r *= floats[READS_AT + rows + r];
             let by_g = later[r] + get::<F>(tile, pairs + at, bp);
-            let (by_x, by_a) = gate_slopes(raw[r], a, bias, lower_bound, bp.spec.gate);
+            let (by_x, by_a) = gate_slopes(raw[r], a, bias, gating.formula.lower_bound, bp.spec.gate);
             by_bias = fma(by_g, by_x, by_bias);
             by_a_log = fma(by_g, by_a, by_a_log);
-            dq_out[dq0 + (comptime!(r as u32) * dq_at.t) as usize] = Vector::cast_from(d_q_r);
-            dk_out[dk0 + (comptime!(r as u32) * dk_at.t) as usize] = Vector::cast_from(d_k_r);
-            dg[dg0 + (comptime!(r as u32) * dg_at.t) as usize] = G::cast_from(by_g * by_x);
+            dq_out[dq0 + (comptime!(r as u32) * to.q.at.t) as usize] = Vector::cast_from(d_q_r);
+            dk_out[dk0 + (comptime!(r as u32) * to.k.at.t) as usize] = Vector::cast_from(d_k_r);
+            to.g.data[dg0 + (comptime!(r as u32) * to.g.at.t) as usize] = G::cast_from(by_g * by_x);
         }
     }
     (by_a_log, by_bias)
