@@ -8,7 +8,7 @@ use super::chunk::{Target, finish};
 use super::fetch::{store_chunk, store_last};
 use super::gates::{Raw, gates_from, gates_of, leave_gates, read_gates};
 use super::gram::multiply_keys;
-use super::parcel::{exchange, new_parcel};
+use super::parcel::{new_parcel, put, send};
 use super::planes::Fetcher;
 use super::stage::Place;
 use super::tile::{Mma, Tile, V2};
@@ -39,25 +39,8 @@ pub(crate) fn prepare_chunks<F: Float, B: Float, G: Float>(
     let Fetcher { group, unit, .. } = fetcher;
     let block = unit / 32;
     let mut parcel = new_parcel(bp);
-    #[unroll]
-    for i in 0..2usize {
-        exchange::<F>(
-            &mut parcel,
-            tile,
-            factors,
-            group,
-            q,
-            k,
-            v,
-            records,
-            place,
-            group,
-            unit,
-            comptime!(i == 1),
-            comptime!(i == 0),
-            bp,
-        );
-    }
+    send::<F>(&mut parcel, q, k, v, records, place, group, unit, bp);
+    put::<F>(&parcel, tile, factors, group, unit, bp);
     // A plane that multiplies queries has time to spare: it finds the gates of the chunk after the one in hand. The
     // sums of gates are a chain of shuffles, each of which would wait behind the operands of a product.
     let finds_gates = block == BLOCKS;
@@ -77,22 +60,7 @@ pub(crate) fn prepare_chunks<F: Float, B: Float, G: Float>(
         let after = next + comptime!(groups as u32);
         // For one turn: planes that prepare have no registers to carry it from turn to turn.
         let mut parcel = new_parcel(bp);
-        exchange::<F>(
-            &mut parcel,
-            tile,
-            factors,
-            (after % stages) as usize,
-            q,
-            k,
-            v,
-            records,
-            place,
-            after as usize,
-            unit,
-            false,
-            true,
-            bp,
-        );
+        send::<F>(&mut parcel, q, k, v, records, place, after as usize, unit, bp);
         let mut later = Raw { beta: 0.0f32, g: 0.0f32 };
         if finds_gates {
             let raw = read_gates::<B, G>(gating, place, after as usize, lane, bp);
@@ -116,22 +84,7 @@ pub(crate) fn prepare_chunks<F: Float, B: Float, G: Float>(
             let to = Target::of_stage(to, bp);
             find_gates(factors, &later, &gating.formula, place, after as usize, to, lane, bp);
         }
-        exchange::<F>(
-            &mut parcel,
-            tile,
-            factors,
-            to,
-            q,
-            k,
-            v,
-            records,
-            place,
-            after as usize,
-            unit,
-            true,
-            false,
-            bp,
-        );
+        put::<F>(&parcel, tile, factors, to, unit, bp);
         next = after;
         sync_cube();
     }

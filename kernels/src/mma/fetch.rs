@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::arguments::{Records, Rows};
 use super::blueprint::{Blueprint, CHUNK, Pass};
-use super::parcel::{exchange, new_parcel};
+use super::parcel::{new_parcel, put_and_send, send};
 use super::planes::Fetcher;
 use super::stage::{Place, store_rows, turn};
 use super::tile::{Tile, V8};
@@ -29,7 +29,7 @@ pub(crate) fn fetch_chunks<F: Float>(
 ) {
     let Fetcher { group, unit, .. } = fetcher;
     let mut parcel = new_parcel(bp);
-    exchange::<F>(&mut parcel, tile, factors, group, q, k, v, records, place, group, unit, false, true, bp);
+    send::<F>(&mut parcel, q, k, v, records, place, group, unit, bp);
     let groups = comptime!(bp.groups as i32);
     // Chunk `next` is there when the barrier at the end is passed. A group's first turn, which has nothing to store yet, is one
     // of the loop with no chunk before its own: what is written twice the first call compiles twice.
@@ -42,22 +42,9 @@ pub(crate) fn fetch_chunks<F: Float>(
             sync_cube();
         }
         next += groups;
-        exchange::<F>(
-            &mut parcel,
-            tile,
-            factors,
-            next as usize % comptime!(bp.stages()),
-            q,
-            k,
-            v,
-            records,
-            place,
-            (next + groups) as usize,
-            unit,
-            true,
-            true,
-            bp,
-        );
+        let stage = next as usize % comptime!(bp.stages());
+        let later = (next + groups) as usize;
+        put_and_send::<F>(&mut parcel, tile, factors, stage, q, k, v, records, place, later, unit, bp);
         sync_cube();
         if known_and(bp.groups > 1, next > 0 && next < groups) {
             sync_cube();
@@ -117,7 +104,7 @@ pub(crate) fn store_chunk<F: Float>(
     }
     let to = to + place.v0 as u32 / 8;
     let idle = comptime!(bp.group_units() - bp.storing_units());
-    if known_or(idle == 0, unit >= idle) && known_or(bp.pass != Pass::Segments, !place.transfer) {
+    if known_or(idle == 0, unit >= idle) && place.reads(bp) {
         store_rows::<F>(tile, at, out, to, stride, end, place, unit - idle, bp);
     }
 }

@@ -54,12 +54,10 @@ use crate::known::{known_and, known_or};
 use crate::tensors::{Gating, States};
 use arguments::{Records, Rows, Sizes};
 use beside::prepare_chunks;
-use chunk::Target;
 use fetch::fetch_chunks;
-use held::begin_reading;
 use inverse::new_leaves;
 use planes::Fetcher;
-use scan::scan_chunk;
+use scan::scan_chunks;
 use stage::{new_aside, place_of_cube, place_of_segment, set_aside, take_back};
 use state::{Lane, load_state, store_state};
 use tile::{Mma, Tile};
@@ -105,11 +103,9 @@ pub fn forward<F: Float, B: Float, G: Float>(
         }
         place_of_cube(table, CUBE_POS, sizes, bp)
     };
-    let stage = comptime!(bp.stage());
-    let stages = comptime!(bp.stages());
 
     let mut tile = Tile::<F>::new_aligned(comptime!(bp.units_of_memory()), 128usize);
-    let mut factors = new_factors(stages, bp);
+    let mut factors = new_factors(comptime!(bp.stages()), bp);
     let mut leaves = new_leaves(1usize, bp);
     let mut aside = new_aside();
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
@@ -117,29 +113,11 @@ pub fn forward<F: Float, B: Float, G: Float>(
     let plane = (UNIT_POS_X / 32) as usize;
     let scanners = comptime!(bp.scanners());
     let fetcher = Fetcher::new(UNIT_POS_X as usize, bp);
-    let groups = comptime!(bp.groups);
-    let outputs = comptime!(bp.outputs_at());
-    let chunk_outputs = comptime!(bp.outputs());
     if plane < scanners {
         let at = Lane { plane, lane };
         let mut state = load_state(initial_state, &place, at, bp);
         set_aside(&mut aside, &place);
-        #[unroll]
-        for _ in 0..groups {
-            sync_cube();
-        }
-        // 32 bits, since every register counts in this loop.
-        for c in 0..place.chunks as u32 {
-            sync_cube();
-            let at_stage = (c % comptime!(stages as u32)) as usize;
-            let from = Target::of_stage(at_stage, bp);
-            let to = outputs + (c % 2) as usize * chunk_outputs;
-            let base = at_stage * stage;
-            let reading = begin_reading::<F>(&mma, &tile, &state, base, at, bp);
-            let reads = !transfer;
-            scan_chunk::<F>(&mma, &mut tile, &factors, &mut state, reading, base, to, from, reads, at, bp);
-        }
-        sync_cube();
+        scan_chunks::<F>(&mma, &mut tile, &factors, &mut state, &place, at, bp);
         let place = take_back(&aside, &place);
         if known_or(bp.pass != Pass::Segments, transfer || place.n < sizes.sequences as usize) {
             store_state(&state, final_state, &place, at, bp);

@@ -44,39 +44,77 @@ pub(crate) fn new_parcel(#[comptime] bp: Blueprint) -> Parcel {
     }
 }
 
-/// Sends for the keys of chunk `c`.
-#[cube]
-fn fetch_keys<F: Float>(
-    parcel: &mut Parcel,
-    k: &Rows<F>,
-    place: &Place,
-    c: usize,
-    unit: usize,
-    #[comptime] bp: Blueprint,
-) {
-    let keys = keys_of::<F>(k, place, c, bp);
-    fetch_rows::<F>(&k.data, keys, ALL_COLUMNS, parcel, unit, comptime!(key_rows(bp)), false);
+/// What a parcel holds, in the order in which it is packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Piece {
+    Keys,
+    Queries,
+    /// What a launch of its own has prepared, but for keys and queries.
+    Record,
+    /// Values, or output gradients.
+    Values,
 }
 
-/// Sends for the queries of chunk `c`.
+const PIECES: [Piece; 4] = [Piece::Keys, Piece::Queries, Piece::Record, Piece::Values];
+
+/// A chunk of the cube's sequence in device memory.
+#[derive(CubeType, Clone, Copy)]
+struct Chunk {
+    /// Which one, from the sequence's first.
+    c: usize,
+    /// Its record.
+    record: usize,
+    /// Past the last one there is nothing to send for.
+    exists: bool,
+}
+
+/// The chunk that the scan takes as its `c`th.
 #[cube]
-fn fetch_queries<F: Float>(
+fn chunk_of(place: &Place, c: usize, #[comptime] bp: Blueprint) -> Chunk {
+    let exists = c < place.chunks;
+    let c = turn(place, c, bp);
+    Chunk { c, record: (place.seq.first_chunk + c) * place.heads + place.hv, exists }
+}
+
+/// Sends for all that the scan needs of its chunk `c`.
+#[cube]
+pub(crate) fn send<F: Float>(
     parcel: &mut Parcel,
     q: &Rows<F>,
+    k: &Rows<F>,
+    v: &Rows<F>,
+    records: &Records<F>,
     place: &Place,
     c: usize,
     unit: usize,
     #[comptime] bp: Blueprint,
 ) {
-    let queries = queries_of::<F>(q, place, c, bp);
-    fetch_rows::<F>(&q.data, queries, ALL_COLUMNS, parcel, unit, comptime!(query_rows(bp)), false);
+    let chunk = chunk_of(place, c, bp);
+    #[unroll]
+    for i in 0..comptime!(PIECES.len()) {
+        send_piece::<F>(parcel, q, k, v, records, place, chunk, unit, comptime!(PIECES[i]), bp);
+    }
 }
 
-/// Puts a parcel into stage `stage`, if it `holds` one, and `sends` for all that the scan needs of its chunk `c` in its
-/// place: the values (or output gradients), and the keys and queries or their record. Piece by piece: each is asked for
-/// as soon as its registers are free. Past the last chunk there is nothing to send for.
+/// Puts a parcel into stage `stage`.
 #[cube]
-pub(crate) fn exchange<F: Float>(
+pub(crate) fn put<F: Float>(
+    parcel: &Parcel,
+    to: &mut Tile<F>,
+    factors: &mut SharedMemory<f32>,
+    stage: usize,
+    unit: usize,
+    #[comptime] bp: Blueprint,
+) {
+    #[unroll]
+    for i in 0..comptime!(PIECES.len()) {
+        put_piece::<F>(parcel, to, factors, stage, unit, comptime!(PIECES[i]), bp);
+    }
+}
+
+/// Both, piece by piece: each is asked for as soon as its registers are free.
+#[cube]
+pub(crate) fn put_and_send<F: Float>(
     parcel: &mut Parcel,
     to: &mut Tile<F>,
     factors: &mut SharedMemory<f32>,
@@ -88,56 +126,84 @@ pub(crate) fn exchange<F: Float>(
     place: &Place,
     c: usize,
     unit: usize,
-    #[comptime] holds: bool,
-    #[comptime] sends: bool,
     #[comptime] bp: Blueprint,
 ) {
-    let sends = if comptime!(sends) { c < place.chunks } else { false.runtime() };
-    let c = turn(place, c, bp);
-    let record = (place.seq.first_chunk + c) * place.heads + place.hv;
-    let first = record * comptime!(bp.record().0);
-    let at = stage * comptime!(bp.stage());
+    let chunk = chunk_of(place, c, bp);
+    #[unroll]
+    for i in 0..comptime!(PIECES.len()) {
+        let piece = comptime!(PIECES[i]);
+        put_piece::<F>(parcel, to, factors, stage, unit, piece, bp);
+        send_piece::<F>(parcel, q, k, v, records, place, chunk, unit, piece, bp);
+    }
+}
+
+#[cube]
+fn send_piece<F: Float>(
+    parcel: &mut Parcel,
+    q: &Rows<F>,
+    k: &Rows<F>,
+    v: &Rows<F>,
+    records: &Records<F>,
+    place: &Place,
+    chunk: Chunk,
+    unit: usize,
+    #[comptime] piece: Piece,
+    #[comptime] bp: Blueprint,
+) {
     let (keys, queries, decayed) = comptime!((key_rows(bp), query_rows(bp), decayed_key_rows(bp)));
     // Where they begin in a record.
     let queries_at = comptime!(keys.units());
     let decayed_at = comptime!(queries_at + query_rows(bp.recorded()).units());
     let blocks_at = comptime!(if bp.by_channel() { decayed_at + decayed.units() } else { 0 });
+    let first = chunk.record * comptime!(bp.record().0);
+    let wanted =
+        if comptime!(piece == Piece::Queries) { place.reads(bp) && chunk.exists } else { chunk.exists };
+    if wanted {
+        if comptime!(piece == Piece::Keys) {
+            if comptime!(bp.by_channel()) {
+                fetch_all::<F>(&records.blocks, first, parcel, unit, keys);
+            } else {
+                let rows = keys_of::<F>(k, place, chunk.c, bp);
+                fetch_rows::<F>(&k.data, rows, ALL_COLUMNS, parcel, unit, keys, false);
+            }
+        } else if comptime!(piece == Piece::Queries) {
+            if comptime!(bp.by_channel()) {
+                fetch_all::<F>(&records.blocks, first + queries_at, parcel, unit, queries);
+            } else {
+                let rows = queries_of::<F>(q, place, chunk.c, bp);
+                fetch_rows::<F>(&q.data, rows, ALL_COLUMNS, parcel, unit, queries, false);
+            }
+        } else if comptime!(piece == Piece::Record) {
+            fetch_all::<F>(&records.blocks, first + decayed_at, parcel, unit, decayed);
+            fetch_all::<F>(&records.blocks, first + blocks_at, parcel, unit, comptime!(block_rows(bp)));
+            fetch_floats(parcel, &records.factors, chunk.record, unit, bp);
+        } else {
+            fetch_values::<F>(parcel, v, place, chunk.c, unit, bp);
+        }
+    }
+}
 
-    if comptime!(holds) {
-        put_rows::<F>(parcel, to, at, unit, keys);
-    }
-    if sends {
-        if comptime!(bp.by_channel()) {
-            fetch_all::<F>(&records.blocks, first, parcel, unit, keys);
-        } else {
-            fetch_keys::<F>(parcel, k, place, c, unit, bp);
-        }
-    }
-    if comptime!(holds) {
-        put_rows::<F>(parcel, to, at, unit, queries);
-    }
-    if known_or(bp.pass != Pass::Segments, !place.transfer) && sends {
-        if comptime!(bp.by_channel()) {
-            fetch_all::<F>(&records.blocks, first + queries_at, parcel, unit, queries);
-        } else {
-            fetch_queries::<F>(parcel, q, place, c, unit, bp);
-        }
-    }
-    if comptime!(holds) {
-        put_rows::<F>(parcel, to, at, unit, decayed);
+#[cube]
+fn put_piece<F: Float>(
+    parcel: &Parcel,
+    to: &mut Tile<F>,
+    factors: &mut SharedMemory<f32>,
+    stage: usize,
+    unit: usize,
+    #[comptime] piece: Piece,
+    #[comptime] bp: Blueprint,
+) {
+    let at = stage * comptime!(bp.stage());
+    if comptime!(piece == Piece::Keys) {
+        put_rows::<F>(parcel, to, at, unit, comptime!(key_rows(bp)));
+    } else if comptime!(piece == Piece::Queries) {
+        put_rows::<F>(parcel, to, at, unit, comptime!(query_rows(bp)));
+    } else if comptime!(piece == Piece::Record) {
+        put_rows::<F>(parcel, to, at, unit, comptime!(decayed_key_rows(bp)));
         put_rows::<F>(parcel, to, at, unit, comptime!(block_rows(bp)));
         put_floats(parcel, factors, stage, unit, bp);
-    }
-    if sends {
-        fetch_all::<F>(&records.blocks, first + decayed_at, parcel, unit, decayed);
-        fetch_all::<F>(&records.blocks, first + blocks_at, parcel, unit, comptime!(block_rows(bp)));
-        fetch_floats(parcel, &records.factors, record, unit, bp);
-    }
-    if comptime!(holds) {
+    } else {
         put_rows::<F>(parcel, to, at, unit, comptime!(value_rows(bp)));
-    }
-    if sends {
-        fetch_values::<F>(parcel, v, place, c, unit, bp);
     }
 }
 

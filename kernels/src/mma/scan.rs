@@ -1,20 +1,20 @@
-//! One chunk forwards, by the planes that hold the state (`held.rs`).
+//! The chunks of a sequence forwards, by the planes that hold the state (`held.rs`).
 
 use cubecl::prelude::*;
 
 use super::blueprint::{
     BLOCK_UNITS, BLOCKS, Blueprint, ERASE_AT, ERASE_BLOCK, Pass, READ_AT, TILE, WRITE_AT,
 };
-use super::chunk::Target;
 use super::held::{
-    Reading, add_rows, factor_pair, multiply_leaf, read_queries, read_state, scale_pair, send_for_rows,
-    store_rows_of,
+    Reading, add_rows, begin_reading, factor_pair, multiply_leaf, read_queries, read_state, scale_pair,
+    send_for_rows, store_rows_of,
 };
+use super::stage::{Place, Turn};
 use super::state::Lane;
 use super::tile::{
     Acc, Frag, Mma, Tile, V2, by_columns, by_depth, in_block, load, mma2, scale_columns, to_frag, zeros,
 };
-use crate::known::{known_and, known_or};
+use crate::known::known_and;
 use crate::spec::Decay;
 
 /// N from X: $V^T - e^G X^T$, then block by block as `chunk.rs` says. Consumes X; a replay leaves R in shared memory.
@@ -24,17 +24,18 @@ fn writes<F: Float>(
     tile: &mut Tile<F>,
     factors: &SharedMemory<f32>,
     x: &mut Sequence<Acc>,
-    base: usize,
-    outputs: usize,
-    from: Target,
+    turn: Turn,
     at: Lane,
     #[comptime] bp: Blueprint,
 ) -> Sequence<Acc> {
     let held = comptime!(bp.held);
     let per = comptime!(2 * BLOCKS);
     let lane = at.lane;
-    let values =
-        base + comptime!(bp.v_at()) + by_columns(lane, comptime!(bp.value_row())) + at.plane * (2 * held);
+    let from = turn.from;
+    let values = turn.rows
+        + comptime!(bp.v_at())
+        + by_columns(lane, comptime!(bp.value_row()))
+        + at.plane * (2 * held);
     #[unroll]
     for j in 0..BLOCKS {
         let lo = factor_pair(factors, from.factors + ERASE_AT, 2 * j, lane);
@@ -62,7 +63,7 @@ fn writes<F: Float>(
         let two = comptime!(bp.by_channel() || bp.pass == Pass::Replay);
         multiply_leaf::<F>(mma, tile, x, blocks, &mut n, j, false, two, bp);
         if comptime!(bp.pass == Pass::Replay) {
-            store_rows_of::<F>(mma, tile, &n, j, per, outputs, at, bp);
+            store_rows_of::<F>(mma, tile, &n, j, per, turn.outputs, at, bp);
             scale_pair(&mut n, factors, from.factors + comptime!(bp.betas_at()), j, per, lane, held);
         }
         if comptime!(j + 1 < BLOCKS) {
@@ -97,8 +98,7 @@ fn read_writes<F: Float>(
     factors: &SharedMemory<f32>,
     n: &Sequence<Acc>,
     o: &mut Sequence<Acc>,
-    outputs: usize,
-    from: Target,
+    turn: Turn,
     at: Lane,
     #[comptime] bp: Blueprint,
 ) {
@@ -110,6 +110,7 @@ fn read_writes<F: Float>(
     for i in 0..comptime!(held * BLOCKS) {
         left.push(to_frag::<F>(n.index(comptime!(2 * i)), n.index(comptime!(2 * i + 1))));
     }
+    let from = turn.from;
     let blocks = from.blocks + block_row(lane);
     #[unroll]
     for r in 0..comptime!(bp.read_blocks()) {
@@ -122,7 +123,7 @@ fn read_writes<F: Float>(
     }
     #[unroll]
     for r in 0..comptime!(bp.read_blocks()) {
-        store_rows_of::<F>(mma, tile, o, r, per, outputs, at, bp);
+        store_rows_of::<F>(mma, tile, o, r, per, turn.outputs, at, bp);
     }
 }
 
@@ -134,14 +135,14 @@ fn update<F: Float>(
     factors: &SharedMemory<f32>,
     state: &mut Sequence<Acc>,
     n: &mut Sequence<Acc>,
-    base: usize,
-    from: Target,
+    turn: Turn,
     at: Lane,
     #[comptime] bp: Blueprint,
 ) {
     let held = comptime!(bp.held);
     let lane = at.lane;
-    let keys = base
+    let from = turn.from;
+    let keys = turn.rows
         + comptime!(if bp.by_channel() { bp.kd_at() } else { 0 })
         + by_depth(lane, comptime!(bp.key_row()));
     let mut right = send_for_rows::<F>(mma, tile, keys, BLOCKS, bp);
@@ -172,9 +173,7 @@ pub(crate) fn scan_chunk<F: Float>(
     factors: &SharedMemory<f32>,
     state: &mut Sequence<Acc>,
     mut reading: Reading<F>,
-    base: usize,
-    outputs: usize,
-    from: Target,
+    turn: Turn,
     reads: bool,
     at: Lane,
     #[comptime] bp: Blueprint,
@@ -182,12 +181,36 @@ pub(crate) fn scan_chunk<F: Float>(
     let mut x = zeros(comptime!(2 * bp.held * BLOCKS));
     let mut o = zeros(comptime!(2 * bp.held * bp.read_blocks()));
     if known_and(bp.pass == Pass::Segments, reads) {
-        read_queries::<F>(mma, tile, state, base, &mut o, at, bp);
+        read_queries::<F>(mma, tile, state, turn.rows, &mut o, at, bp);
     }
-    read_state::<F>(mma, tile, factors, state, &mut reading, &mut x, &mut o, from, at, bp);
-    let mut n = writes::<F>(mma, tile, factors, &mut x, base, outputs, from, at, bp);
-    if known_and(bp.read_blocks() > 0, known_or(bp.pass != Pass::Segments, reads)) {
-        read_writes::<F>(mma, tile, factors, &n, &mut o, outputs, from, at, bp);
+    read_state::<F>(mma, tile, factors, state, &mut reading, &mut x, &mut o, turn.from, at, bp);
+    let mut n = writes::<F>(mma, tile, factors, &mut x, turn, at, bp);
+    if known_and(bp.read_blocks() > 0, reads) {
+        read_writes::<F>(mma, tile, factors, &n, &mut o, turn, at, bp);
     }
-    update::<F>(mma, tile, factors, state, &mut n, base, from, at, bp);
+    update::<F>(mma, tile, factors, state, &mut n, turn, at, bp);
+}
+
+/// All chunks of the cube's sequence, each as soon as it is prepared.
+#[cube]
+pub(crate) fn scan_chunks<F: Float>(
+    mma: &Mma<F>,
+    tile: &mut Tile<F>,
+    factors: &SharedMemory<f32>,
+    state: &mut Sequence<Acc>,
+    place: &Place,
+    at: Lane,
+    #[comptime] bp: Blueprint,
+) {
+    #[unroll]
+    for _ in 0..comptime!(bp.groups) {
+        sync_cube();
+    }
+    for c in 0..place.chunks as u32 {
+        sync_cube();
+        let turn = Turn::new(c, bp);
+        let reading = begin_reading::<F>(mma, tile, state, turn.rows, at, bp);
+        scan_chunk::<F>(mma, tile, factors, state, reading, turn, place.reads(bp), at, bp);
+    }
+    sync_cube();
 }

@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::arguments::{Rows, Sizes};
 use super::blueprint::{ASIDE, BLOCK_UNITS, Blueprint, CHUNK, Pass, TILE};
+use super::chunk::Target;
 use super::tile::{Tile, V8};
 use crate::known::known_or;
 use crate::record::{Sequence, sequence};
@@ -26,6 +27,14 @@ pub(crate) struct Place {
     pub(crate) chunks: usize,
     /// Whether only the transfer of a segment is taken.
     pub(crate) transfer: bool,
+}
+
+#[cube]
+impl Place {
+    /// Whether queries are read and outputs left. The transfer of a segment has none.
+    pub(crate) fn reads(&self, #[comptime] bp: Blueprint) -> bool {
+        known_or(bp.pass != Pass::Segments, !self.transfer)
+    }
 }
 
 /// Sequence `n`: a row of the batch, or an entry of the table.
@@ -136,6 +145,28 @@ pub(crate) fn take_back(aside: &SharedMemory<u32>, place: &Place) -> Place {
     place.hv = aside[1] as usize;
     place.v0 = aside[2] as usize;
     place
+}
+
+/// What a scan takes in one turn, and where it lies in shared memory.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Turn {
+    /// First unit of the chunk's rows.
+    pub(crate) rows: usize,
+    /// Its blocks and factors.
+    pub(crate) from: Target,
+    /// First unit of its outputs, which have two places in turn.
+    pub(crate) outputs: usize,
+}
+
+#[cube]
+impl Turn {
+    /// The `i`th turn. 32 bits, since every register counts in the loop of a scan.
+    pub(crate) fn new(i: u32, #[comptime] bp: Blueprint) -> Self {
+        let stage = (i % comptime!(bp.stages() as u32)) as usize;
+        let from = Target::of_stage(stage, bp);
+        let outputs = comptime!(bp.outputs_at()) + (i % 2) as usize * comptime!(bp.outputs());
+        Turn { rows: stage * comptime!(bp.stage()), from, outputs }
+    }
 }
 
 /// 16-byte units that a group copies row by row.

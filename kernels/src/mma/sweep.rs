@@ -9,13 +9,12 @@ use cubecl::prelude::*;
 
 use super::arguments::{Kept, Records, Rows, Sizes};
 use super::blueprint::{Blueprint, Pass};
-use super::chunk::Target;
 use super::fetch::fetch_chunks;
 use super::held::begin_reading;
 use super::new_factors;
 use super::planes::Fetcher;
 use super::scan::scan_chunk;
-use super::stage::{Place, new_aside, place_of_cube, set_aside, take_back};
+use super::stage::{Place, Turn, new_aside, place_of_cube, set_aside, take_back};
 use super::state::{Lane, keep_state, load_state, store_state};
 use super::tile::{Mma, Tile, V8};
 use super::unwind::unwind_chunk;
@@ -126,10 +125,6 @@ fn walk<F: Float>(
     let scanners = comptime!(bp.scanners());
     let fetcher = Fetcher::new(UNIT_POS_X as usize, bp);
     let groups = comptime!(bp.groups);
-    let stage = comptime!(bp.stage());
-    let stages = comptime!(bp.stages());
-    let outputs = comptime!(bp.outputs_at());
-    let chunk_outputs = comptime!(bp.outputs());
     if plane < scanners {
         let at = Lane { plane, lane };
         let mut state = load_state(first_state, place, at, bp);
@@ -149,26 +144,23 @@ fn walk<F: Float>(
             sync_cube();
             let backwards = comptime!(bp.pass == Pass::Unwind);
             let c = if comptime!(backwards) { chunks - 1 - i } else { i };
-            let at_stage = (i % comptime!(stages as u32)) as usize;
-            let base = at_stage * stage;
-            let from = Target::of_stage(at_stage, bp);
-            let to = outputs + (i % 2) as usize * chunk_outputs;
+            let turn = Turn::new(i, bp);
             let within = c % comptime!(KEPT as u32);
             let keeps = if comptime!(backwards) {
                 within == comptime!(KEPT as u32 - 1) || i == 0
             } else {
                 within == 0
             };
-            let reading = begin_reading::<F>(&mma, tile, &state, base, at, bp);
+            let reading = begin_reading::<F>(&mma, tile, &state, turn.rows, at, bp);
             if keeps {
                 let slot = (first + c / comptime!(KEPT as u32) * heads) as usize;
                 let slot = slot * comptime!(bp.spec.value_dim * bp.spec.key_dim / 8);
                 keep_state::<F>(&reading.left, kept, slot, place, at, bp);
             }
             if comptime!(bp.pass == Pass::Unwind) {
-                unwind_chunk::<F>(&mma, tile, factors, &mut state, reading, base, to, from, c == 0, at, bp);
+                unwind_chunk::<F>(&mma, tile, factors, &mut state, reading, turn, c == 0, at, bp);
             } else {
-                scan_chunk::<F>(&mma, tile, factors, &mut state, reading, base, to, from, true, at, bp);
+                scan_chunk::<F>(&mma, tile, factors, &mut state, reading, turn, true, at, bp);
             }
         }
         sync_cube();

@@ -16,6 +16,7 @@ use super::chunk::Target;
 use super::held::{
     Reading, add_rows, factor_pair, multiply_leaf, read_state, scale_pair, send_for_rows, store_rows_of,
 };
+use super::stage::Turn;
 use super::state::Lane;
 use super::tile::{
     Acc, Frag, Mma, Tile, V2, by_columns, by_depth, in_block, load, mma2, scale_columns, to_frag, zeros,
@@ -126,8 +127,7 @@ fn value_gradients<F: Float>(
     dn: &mut Sequence<Acc>,
     dv: &mut Sequence<Acc>,
     d_o: &Sequence<Frag<F>>,
-    outputs: usize,
-    from: Target,
+    turn: Turn,
     at: Lane,
     #[comptime] j: usize,
     #[comptime] bp: Blueprint,
@@ -135,6 +135,7 @@ fn value_gradients<F: Float>(
     let held = comptime!(bp.held);
     let per = comptime!(2 * BLOCKS);
     let lane = at.lane;
+    let from = turn.from;
     // Blocks are right operands by depth: they are read transposed.
     let blocks = from.blocks + in_block(lane % 16, lane / 16);
     if comptime!(bp.spec.decay == Decay::Head) {
@@ -154,7 +155,7 @@ fn value_gradients<F: Float>(
     }
     scale_pair(dn, factors, from.factors + comptime!(bp.betas_at()), j, per, lane, held);
     multiply_leaf::<F>(mma, tile, dn, blocks, dv, j, true, true, bp);
-    store_rows_of::<F>(mma, tile, dv, j, per, outputs, at, bp);
+    store_rows_of::<F>(mma, tile, dv, j, per, turn.outputs, at, bp);
 }
 
 /// One chunk, backwards: writes its dV and takes the gradient of the state to its beginning. `first`: of its sequence.
@@ -165,22 +166,21 @@ pub(crate) fn unwind_chunk<F: Float>(
     factors: &SharedMemory<f32>,
     d_state: &mut Sequence<Acc>,
     mut reading: Reading<F>,
-    base: usize,
-    outputs: usize,
-    from: Target,
+    turn: Turn,
     first: bool,
     at: Lane,
     #[comptime] bp: Blueprint,
 ) {
-    let keys = base + by_depth(at.lane, comptime!(bp.key_row()));
+    let from = turn.from;
+    let keys = turn.rows + by_depth(at.lane, comptime!(bp.key_row()));
     let queries = keys + comptime!(bp.q_at());
     let mut dn = zeros(comptime!(2 * bp.held * BLOCKS));
     let mut none = zeros(0usize);
     read_state::<F>(mma, tile, factors, d_state, &mut reading, &mut dn, &mut none, from, at, bp);
-    let d_o = output_gradients::<F>(mma, tile, base, at, bp);
+    let d_o = output_gradients::<F>(mma, tile, turn.rows, at, bp);
     let mut dv = zeros(comptime!(2 * bp.held * BLOCKS));
     let last = comptime!(BLOCKS - 1);
-    value_gradients::<F>(mma, tile, factors, &mut dn, &mut dv, &d_o, outputs, from, at, last, bp);
+    value_gradients::<F>(mma, tile, factors, &mut dn, &mut dv, &d_o, turn, at, last, bp);
 
     // Work that does not wait for the rest of dV.
     add_output_gradients::<F>(mma, tile, factors, d_state, &d_o, queries, from, at, false, bp);
@@ -188,14 +188,14 @@ pub(crate) fn unwind_chunk<F: Float>(
     #[unroll]
     for down in 1..BLOCKS {
         let j = comptime!(BLOCKS - 1 - down);
-        value_gradients::<F>(mma, tile, factors, &mut dn, &mut dv, &d_o, outputs, from, at, j, bp);
+        value_gradients::<F>(mma, tile, factors, &mut dn, &mut dv, &d_o, turn, at, j, bp);
     }
     erase::<F>(mma, tile, factors, d_state, &mut dv, keys, from, at, bp);
 
     // No decay and no key will ever touch what the first chunk adds: rounded, that would be most of the error of the initial
     // state's gradient.
     if first {
-        let d_o = output_gradients::<F>(mma, tile, base, at, bp);
+        let d_o = output_gradients::<F>(mma, tile, turn.rows, at, bp);
         add_output_gradients::<F>(mma, tile, factors, d_state, &d_o, queries, from, at, true, bp);
     }
 }
