@@ -44,6 +44,8 @@ fn backward_kernels_compile_without_spills() {
         call(Rule::kda(), heads, [128, 128], bf16_type(), &softplus);
     }
     call(Rule::gated_deltanet(), 256, [128, 128], f16_type(), &plain);
+    // Gates per channel, with channels that are padding.
+    call(Rule::kda(), 256, [112, 112], bf16_type(), &softplus);
     // States of more than 128 key channels.
     call(Rule::deltanet(), 256, [256, 256], bf16_type(), &plain);
     call(Rule::gated_delta_product(2), 256, [256, 256], bf16_type(), &softplus);

@@ -73,13 +73,16 @@ impl GradientsBlueprint {
         self.spec.key_dim / TILE
     }
 
-    /// Units of a cube: with gates per channel one for each tile and channel, rounded up so that planes lie inside tiles.
+    /// Units of a cube: with gates per channel one for each tile and channel.
     pub fn units(&self) -> usize {
-        if self.by_channel() { TILES * self.padded_channels() } else { 32 * self.planes() }
+        if self.by_channel() { TILES * self.channels() } else { 32 * self.planes() }
     }
 
-    pub(crate) fn padded_channels(&self) -> usize {
-        self.spec.key_dim.next_multiple_of(32)
+    /// Key channels that rows in shared memory have room for. With gates per channel they are rounded up so that planes lie
+    /// inside tiles, and a unit behind the last one works on padding: if it had none, every store would need a branch, for
+    /// which there are no registers.
+    pub(crate) fn channels(&self) -> usize {
+        if self.by_channel() { self.spec.key_dim.next_multiple_of(32) } else { self.spec.key_dim }
     }
 
     /// 16-row tiles of reads.
@@ -173,7 +176,7 @@ impl GradientsBlueprint {
     // Offsets and sizes in shared memory, in units of 16 bytes; rows have an odd length.
 
     pub(crate) fn key_row(&self) -> usize {
-        self.spec.key_dim / 8 + 1
+        self.channels() / 8 + 1
     }
 
     /// As long as a row of keys at least: gradients of queries and keys take the place of what has been read.
@@ -302,26 +305,26 @@ impl GradientsBlueprint {
 
     /// Sums for the gates at or before a tile, and behind it.
     pub(crate) fn later_at(&self) -> usize {
-        self.tile_decays_at() + TILES * self.spec.key_dim
+        self.tile_decays_at() + TILES * self.channels()
     }
 
     pub(crate) fn earlier_at(&self) -> usize {
-        self.later_at() + TILES * self.spec.key_dim
+        self.later_at() + TILES * self.channels()
     }
 
     /// The products of the states, channel by channel, from both halves of the planes.
     pub(crate) fn products_at(&self) -> usize {
-        self.earlier_at() + TILES * self.spec.key_dim
+        self.earlier_at() + TILES * self.channels()
     }
 
     /// Sums over the channels of a plane: sum by sum, plane of a tile by plane, row by row.
     pub(crate) fn row_sums_at(&self, which: usize) -> usize {
-        self.products_at() + 2 * self.spec.key_dim + which * self.channel_planes() * BLOCK
+        self.products_at() + 2 * self.channels() + which * self.channel_planes() * BLOCK
     }
 
     /// Planes that share a tile.
     pub(crate) fn channel_planes(&self) -> usize {
-        self.padded_channels() / 32
+        self.channels() / 32
     }
 
     pub(crate) fn channel_floats(&self) -> usize {

@@ -254,7 +254,7 @@ pub(crate) fn multiply_channels<F: Float>(
         }
         if own.lane < 4 {
             let channel = own.plane * TILE + comptime!(c / 2 * 8 + c % 2) + 2 * own.lane;
-            floats[comptime!(bp.products_at()) + half * comptime!(bp.spec.key_dim) + channel] = sum;
+            floats[comptime!(bp.products_at()) + half * comptime!(bp.channels()) + channel] = sum;
         }
     }
 }

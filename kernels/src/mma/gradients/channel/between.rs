@@ -95,7 +95,7 @@ fn carry(
 ) {
     #[unroll]
     for side in 0..2usize {
-        let first = comptime!(bp.tile_decays_at() + t * bp.spec.key_dim + 8 * side);
+        let first = comptime!(bp.tile_decays_at() + t * bp.channels() + 8 * side);
         let at = first + own.plane * TILE + own.lane % 4 * 2;
         let mut by = Vector::<f32, V2>::cast_from(floats[at]);
         by[1] = floats[at + 1];
@@ -196,11 +196,10 @@ pub(crate) fn leave_sums<F: Float>(
     own: Own,
     #[comptime] bp: GradientsBlueprint,
 ) {
-    // In pairs of floats.
-    let ld = comptime!(4 * bp.key_row());
-    let first =
-        comptime!(2 * at) + (rows + own.lane / 4) * ld + own.plane * comptime!(TILE / 2) + own.lane % 4;
-    let mut to = tile.slice_mut(0usize, comptime!(bp.units_of_memory())).with_vector_size::<V4>();
+    // From the unit's first row on, in pairs of floats.
+    let start = (rows + own.lane / 4) * comptime!(2 * bp.key_row());
+    let mut to = tile.slice_mut(start, comptime!(bp.units_of_memory())).with_vector_size::<V4>();
+    let first = own.plane * comptime!(TILE / 2) + own.lane % 4;
     #[unroll]
     for n in 0..HALF {
         #[unroll]
@@ -208,8 +207,8 @@ pub(crate) fn leave_sums<F: Float>(
             let acc = sums.index(comptime!(2 * n + side));
             #[unroll]
             for e in 0..2usize {
-                let at = first + comptime!((n * TILE + 8 * e) * 4 * bp.key_row() + 4 * side);
-                to[at] = Vector::<F, V4>::reinterpret(acc[e]);
+                let at = comptime!(2 * at + (n * TILE + 8 * e) * 4 * bp.key_row() + 4 * side);
+                to[first + at] = Vector::<F, V4>::reinterpret(acc[e]);
             }
         }
     }

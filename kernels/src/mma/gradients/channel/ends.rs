@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::super::blueprint::{BLOCK, GradientsBlueprint, KEY_NORMS_AT, TILES};
 use super::super::here::Here;
-use super::operands::{has_channel, place_of};
+use super::operands::{is_channel, place_of};
 use super::walk::by_keys;
 use crate::math::beta_slope;
 use crate::spec::GateMap;
@@ -41,18 +41,15 @@ pub(crate) fn leave_constants(
     #[comptime] bp: GradientsBlueprint,
 ) {
     if comptime!(bp.spec.gate != GateMap::Identity) {
-        let channels = comptime!(bp.spec.key_dim);
+        let channels = comptime!(bp.channels());
         let (t, d) = place_of(unit, bp);
-        let owns = has_channel(unit, bp);
         // Sums for the gates have been read by all.
         sync_cube();
-        if owns {
-            let at = t as usize * channels + d as usize;
-            floats[comptime!(bp.later_at()) + at] = by_a_log;
-            floats[comptime!(bp.earlier_at()) + at] = by_bias;
-        }
+        let at = t as usize * channels + d as usize;
+        floats[comptime!(bp.later_at()) + at] = by_a_log;
+        floats[comptime!(bp.earlier_at()) + at] = by_bias;
         sync_cube();
-        if owns && t == 0 {
+        if is_channel(d, bp) && t == 0 {
             let mut by_a_log = 0.0f32;
             let mut by_bias = 0.0f32;
             #[unroll]
@@ -60,9 +57,9 @@ pub(crate) fn leave_constants(
                 by_a_log += floats[comptime!(bp.later_at() + tile * channels) + d as usize];
                 by_bias += floats[comptime!(bp.earlier_at() + tile * channels) + d as usize];
             }
-            let to = CUBE_POS * comptime!(2 * channels) + d as usize;
+            let to = CUBE_POS * comptime!(2 * bp.spec.key_dim) + d as usize;
             constants[to] = by_a_log;
-            constants[to + channels] = by_bias;
+            constants[to + comptime!(bp.spec.key_dim)] = by_bias;
         }
     }
 }

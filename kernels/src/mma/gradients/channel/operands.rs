@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 
 use super::super::super::blueprint::{CHUNK, ERASE_AT, READ_AT, TILE};
-use super::super::super::tile::Tile;
+use super::super::super::tile::{Tile, V2};
 use super::super::blueprint::{
     BETAS_AT, BLOCK, GradientsBlueprint, KEY_NORMS_AT, READ_NORMS_AT, READS_AT, TILES, WRITES_AT,
 };
@@ -15,25 +15,104 @@ use crate::tensors::{GateFormula, Strided};
 /// One element.
 pub(crate) type V1 = Const<1>;
 
-/// The tile and the channel of a unit. Units behind the last channel repeat it, and leave nothing.
+/// The tile and the channel of a unit, which may lie behind the last one.
 #[cube]
 pub(crate) fn place_of(unit: usize, #[comptime] bp: GradientsBlueprint) -> (u32, u32) {
     let unit = unit as u32;
-    let padded = comptime!(bp.padded_channels() as u32);
-    let d = u32::min(unit % padded, comptime!(bp.spec.key_dim as u32 - 1));
+    let channels = comptime!(bp.channels() as u32);
     // The masks change nothing. They tell the compiler that no address runs over, so that constants become part of it.
     (
-        (unit / padded) & comptime!(TILES as u32 - 1),
-        d & comptime!(bp.padded_channels().next_power_of_two() as u32 - 1),
+        (unit / channels) & comptime!(TILES as u32 - 1),
+        unit % channels & comptime!(bp.channels().next_power_of_two() as u32 - 1),
     )
 }
 
-/// Whether the unit has a channel of its own.
+/// Whether channel `d` is one of K, and not padding.
 #[cube]
-pub(crate) fn has_channel(unit: usize, #[comptime] bp: GradientsBlueprint) -> bool {
-    let padded = comptime!(bp.padded_channels());
-    let channel = unit as u32 % comptime!(padded as u32);
-    known_or(padded == bp.spec.key_dim, channel < comptime!(bp.spec.key_dim as u32))
+pub(crate) fn is_channel(d: u32, #[comptime] bp: GradientsBlueprint) -> bool {
+    known_or(bp.channels() == bp.spec.key_dim, d < comptime!(bp.spec.key_dim as u32))
+}
+
+/// Channel `d`, or the last one where that is padding: for tensors of the caller, which have none.
+#[cube]
+pub(crate) fn given(d: u32, #[comptime] bp: GradientsBlueprint) -> usize {
+    if comptime!(bp.channels() == bp.spec.key_dim) {
+        d as usize
+    } else {
+        u32::min(d, comptime!(bp.spec.key_dim as u32 - 1)) as usize
+    }
+}
+
+/// A unit's channel in the rows of its tile. The starts are known at run time only, in 64 bits: to a sum of 32 bits the compiler
+/// does not add a row's offset in the address, and would keep 32 addresses in registers.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Channel {
+    /// Where the tile's rows start, of elements and of sums.
+    rows: usize,
+    sums: usize,
+    d: usize,
+}
+
+#[cube]
+impl Channel {
+    pub(crate) fn new(t: u32, d: u32, #[comptime] bp: GradientsBlueprint) -> Self {
+        let rows = (t * comptime!((TILE * bp.key_row()) as u32)) as usize;
+        Channel { rows, sums: 2 * rows, d: d as usize }
+    }
+
+    /// Row `r` of the rows at `at`.
+    pub(crate) fn element<F: Float>(
+        &self,
+        tile: &Tile<F>,
+        #[comptime] at: usize,
+        #[comptime] r: usize,
+        #[comptime] bp: GradientsBlueprint,
+    ) -> f32 {
+        let elements = tile.slice(self.rows, comptime!(bp.units_of_memory())).with_vector_size::<V1>();
+        f32::cast_from(elements[self.d + comptime!(8 * (at + r * bp.key_row()))][0])
+    }
+
+    pub(crate) fn put_element<F: Float>(
+        &self,
+        tile: &mut Tile<F>,
+        #[comptime] at: usize,
+        #[comptime] r: usize,
+        x: f32,
+        #[comptime] bp: GradientsBlueprint,
+    ) {
+        let mut elements =
+            tile.slice_mut(self.rows, comptime!(bp.units_of_memory())).with_vector_size::<V1>();
+        elements[self.d + comptime!(8 * (at + r * bp.key_row()))] = Vector::cast_from(x);
+    }
+
+    /// Row `r` of sums.
+    pub(crate) fn get<F: Float>(
+        &self,
+        tile: &Tile<F>,
+        #[comptime] which: usize,
+        #[comptime] r: usize,
+        #[comptime] bp: GradientsBlueprint,
+    ) -> f32 {
+        let sums = tile.slice(self.sums, comptime!(bp.units_of_memory())).with_vector_size::<V2>();
+        f32::reinterpret(sums[self.d + comptime!(sum_at(which, r, bp))])
+    }
+
+    pub(crate) fn put<F: Float>(
+        &self,
+        tile: &mut Tile<F>,
+        #[comptime] which: usize,
+        #[comptime] r: usize,
+        x: f32,
+        #[comptime] bp: GradientsBlueprint,
+    ) {
+        let mut sums = tile.slice_mut(self.sums, comptime!(bp.units_of_memory())).with_vector_size::<V2>();
+        sums[self.d + comptime!(sum_at(which, r, bp))] = Vector::<F, V2>::reinterpret(x);
+    }
+}
+
+/// Channel 0 of row `r` of sums, in floats.
+fn sum_at(which: usize, r: usize, bp: GradientsBlueprint) -> usize {
+    4 * (bp.channel_sums_at(which) + 2 * r * bp.key_row())
 }
 
 /// The gates of a unit's rows, as the caller holds them; rows behind the end of the block repeat the last one.
@@ -46,7 +125,7 @@ pub(crate) fn read_channel<G: Float>(
 ) -> Array<f32> {
     let (t, d) = place_of(unit, bp);
     let mut out = Array::<f32>::new(TILE);
-    let first = g.at.at(here.row as usize, here.step(0u32, 1usize), here.hv as usize) + d as usize;
+    let first = g.at.at(here.row as usize, here.step(0u32, 1usize), here.hv as usize) + given(d, bp);
     #[unroll]
     for r in 0..TILE {
         let i = u32::min(t * comptime!(TILE as u32) + comptime!(r as u32), here.steps - 1);
@@ -65,7 +144,7 @@ pub(crate) fn decays(
     #[comptime] bp: GradientsBlueprint,
 ) -> Array<f32> {
     let (t, d) = place_of(unit, bp);
-    let (a, bias) = gate_constants(formula, here.hv as usize, d as usize, bp.spec);
+    let (a, bias) = gate_constants(formula, here.hv as usize, given(d, bp), bp.spec);
     let mut out = Array::<f32>::new(TILE);
     #[unroll]
     for r in 0..TILE {
@@ -117,36 +196,26 @@ pub(crate) fn leave_operands<F: Float>(
     #[comptime] bp: GradientsBlueprint,
 ) {
     let decays = decays(raw, formula, here, unit, bp);
-    if has_channel(unit, bp) {
-        let (t, d) = place_of(unit, bp);
-        let row = comptime!(8 * bp.key_row());
-        let first = (t * comptime!((TILE * 8 * bp.key_row()) as u32) + d) as usize;
-        let rows = (t * comptime!(TILE as u32)) as usize;
-        let mut elements = tile.slice_mut(0usize, comptime!(bp.units_of_memory())).with_vector_size::<V1>();
-        let mut from_start = 1.0f32;
-        let mut to_end = 1.0f32;
-        #[unroll]
-        for r in 0..TILE {
-            from_start *= decays[r];
-            let at = first + comptime!(r * row);
-            let q = f32::cast_from(elements[comptime!(8 * bp.raw_queries_at()) + at][0]);
-            let k = f32::cast_from(elements[comptime!(8 * bp.raw_keys_at()) + at][0]);
-            let q = q * floats[READS_AT + rows + r];
-            // X comes without the sign that E and H have it with.
-            let less_k = -k * floats[KEY_NORMS_AT + rows + r];
-            elements[at] = Vector::cast_from(q * from_start);
-            elements[comptime!(8 * bp.k_at()) + at] = Vector::cast_from(less_k * from_start);
-        }
-        #[unroll]
-        for down in 0..TILE {
-            let r = comptime!(TILE - 1 - down);
-            let at = first + comptime!(r * row);
-            let k = f32::cast_from(elements[comptime!(8 * bp.raw_keys_at()) + at][0]);
-            let k = k * floats[WRITES_AT + rows + r];
-            elements[comptime!(8 * bp.keys_to_end_at()) + at] = Vector::cast_from(k * to_end);
-            to_end *= decays[r];
-        }
-        floats[comptime!(bp.tile_decays_at()) + (t * comptime!(bp.spec.key_dim as u32) + d) as usize] =
-            to_end;
+    let (t, d) = place_of(unit, bp);
+    let own = Channel::new(t, d, bp);
+    let rows = (t * comptime!(TILE as u32)) as usize;
+    let mut from_start = 1.0f32;
+    let mut to_end = 1.0f32;
+    #[unroll]
+    for r in 0..TILE {
+        from_start *= decays[r];
+        let q = own.element::<F>(tile, bp.raw_queries_at(), r, bp) * floats[READS_AT + rows + r];
+        // X comes without the sign that E and H have it with.
+        let less_k = -own.element::<F>(tile, bp.raw_keys_at(), r, bp) * floats[KEY_NORMS_AT + rows + r];
+        own.put_element::<F>(tile, 0usize, r, q * from_start, bp);
+        own.put_element::<F>(tile, bp.k_at(), r, less_k * from_start, bp);
     }
+    #[unroll]
+    for down in 0..TILE {
+        let r = comptime!(TILE - 1 - down);
+        let k = own.element::<F>(tile, bp.raw_keys_at(), r, bp) * floats[WRITES_AT + rows + r];
+        own.put_element::<F>(tile, bp.keys_to_end_at(), r, k * to_end, bp);
+        to_end *= decays[r];
+    }
+    floats[comptime!(bp.tile_decays_at()) + (t * comptime!(bp.channels() as u32) + d) as usize] = to_end;
 }

@@ -4,13 +4,13 @@ use cubecl::prelude::*;
 
 use super::super::super::arguments::InputGradients;
 use super::super::super::blueprint::TILE;
-use super::super::super::tile::{Tile, V2};
+use super::super::super::tile::Tile;
 use super::super::blueprint::{
     BETAS_AT, BLOCK, DIAGONAL, GradientsBlueprint, KEY_NORMS_AT, READ_NORMS_AT, READS_AT, TILES, WRITES_AT,
 };
 use super::super::here::Here;
 use super::V4;
-use super::operands::{V1, decays, has_channel, place_of, read_channel};
+use super::operands::{Channel, V1, decays, given, is_channel, place_of, read_channel};
 use crate::math::{gate_constants, gate_slopes};
 use crate::tensors::Gating;
 
@@ -18,6 +18,12 @@ use crate::tensors::Gating;
 const KEY: usize = 0;
 const ALONG_KEY: usize = 1;
 const ALONG_QUERY: usize = 2;
+
+/// Which sums in f32: what is found takes the place of what it was made of.
+const D_Q: usize = 0;
+const ERASES: usize = 1;
+const PAIRS: usize = 2;
+const ENDS: usize = 3;
 
 /// Adds what flows inside tiles, stores dQ, dK and dg, and leaves the sums over channels. Returns the unit's share of the
 /// gradients of `a_log` and `dt_bias`.
@@ -33,21 +39,14 @@ pub(crate) fn walk_channel<F: Float, B: Float, G: Float>(
     #[comptime] bp: GradientsBlueprint,
 ) -> (f32, f32) {
     let (t, d) = place_of(unit, bp);
-    let owns = has_channel(unit, bp);
+    let owns = is_channel(d, bp);
     let rows = (t * comptime!(TILE as u32)) as usize;
     let here = Here::left(words);
     let raw = read_channel::<G>(&gating.g, &here, unit, bp);
     let decays = decays(&raw, &gating.formula, &here, unit, bp);
 
-    // Sums in f32 of the unit's channel; what is found takes the place of what it was made of.
-    let ld = comptime!(8 * bp.key_row());
-    let first = (t * comptime!((TILE * 8 * bp.key_row()) as u32) + d) as usize;
-    let d_q = first + comptime!(4 * bp.channel_sums_at(0));
-    let erases = first + comptime!(4 * bp.channel_sums_at(1));
-    let pairs = first + comptime!(4 * bp.channel_sums_at(2));
-    let ends = first + comptime!(4 * bp.channel_sums_at(3));
-    let queries = first + comptime!(8 * bp.raw_queries_at());
-    let keys = first + comptime!(8 * bp.raw_keys_at());
+    let own = Channel::new(t, d, bp);
+    let (queries, keys) = comptime!((bp.raw_queries_at(), bp.raw_keys_at()));
 
     // beta K; and what H takes from outside the tile: `ends` gets all of it, `pairs` what of it flows past the rows behind.
     let mut written = Array::<f32>::new(TILE);
@@ -58,16 +57,15 @@ pub(crate) fn walk_channel<F: Float, B: Float, G: Float>(
     #[unroll]
     for down in 0..TILE {
         let r = comptime!(TILE - 1 - down);
-        let at = comptime!(r * ld);
-        written[r] = element::<F>(tile, keys + comptime!(r * ld), bp) * floats[WRITES_AT + rows + r];
+        written[r] = own.element::<F>(tile, keys, r, bp) * floats[WRITES_AT + rows + r];
         h[r] = 0.0f32;
-        let from_tiles = get::<F>(tile, pairs + at, bp);
-        let from_end = to_end * get::<F>(tile, ends + at, bp);
+        let from_tiles = own.get::<F>(tile, PAIRS, r, bp);
+        let from_end = to_end * own.get::<F>(tile, ENDS, r, bp);
         let to_tiles = as_operand::<F>(written[r] * to_end) * from_tiles;
         into_tiles += to_tiles;
         into_ends = fma(written[r], from_end, into_ends);
-        put::<F>(tile, pairs + at, fma(written[r], from_end, to_tiles), owns, bp);
-        put::<F>(tile, ends + at, fma(to_end, from_tiles, from_end), owns, bp);
+        own.put::<F>(tile, PAIRS, r, fma(written[r], from_end, to_tiles), bp);
+        own.put::<F>(tile, ENDS, r, fma(to_end, from_tiles, from_end), bp);
         to_end *= decays[r];
     }
 
@@ -80,14 +78,13 @@ pub(crate) fn walk_channel<F: Float, B: Float, G: Float>(
         // Nothing of the next rows is to be read ahead: it would take registers.
         sync_plane();
         from_start *= decays[i];
-        let at = comptime!(i * ld);
-        let q_i = element::<F>(tile, queries + comptime!(i * ld), bp) * floats[READS_AT + rows + i];
-        let less_k_i = -element::<F>(tile, keys + comptime!(i * ld), bp) * floats[KEY_NORMS_AT + rows + i];
-        let outer_d_q = get::<F>(tile, d_q + at, bp);
-        let outer_less_e = get::<F>(tile, erases + at, bp);
+        let q_i = own.element::<F>(tile, queries, i, bp) * floats[READS_AT + rows + i];
+        let less_k_i = -own.element::<F>(tile, keys, i, bp) * floats[KEY_NORMS_AT + rows + i];
+        let outer_d_q = own.get::<F>(tile, D_Q, i, bp);
+        let outer_less_e = own.get::<F>(tile, ERASES, i, bp);
         let block = t as usize * DIAGONAL + comptime!(i * TILE / 2);
         let mut both = diagonals[block + comptime!(i / 2)];
-        let own = both[comptime!(i % 2 * 2)];
+        let diagonal = both[comptime!(i % 2 * 2)];
         let mut d_q_i = 0.0f32;
         let mut less_e_i = 0.0f32;
         let mut decay = 1.0f32;
@@ -109,14 +106,14 @@ pub(crate) fn walk_channel<F: Float, B: Float, G: Float>(
         let outer = fma(as_operand::<F>(q_i * from_start), outer_d_q, outer);
         later[i] = fma(q_i, d_q_i, fma(less_k_i, less_e_i, outer));
         // From here on with the row's own token, on which nothing decays.
-        d_q_i = fma(own, written[i], fma(from_start, outer_d_q, d_q_i));
-        put::<F>(tile, d_q + at, d_q_i, owns, bp);
-        put::<F>(tile, erases + at, fma(from_start, outer_less_e, less_e_i), owns, bp);
-        let here = get::<F>(tile, pairs + at, bp);
-        put::<F>(tile, pairs + at, earlier, owns, bp);
+        d_q_i = fma(diagonal, written[i], fma(from_start, outer_d_q, d_q_i));
+        own.put::<F>(tile, D_Q, i, d_q_i, bp);
+        own.put::<F>(tile, ERASES, i, fma(from_start, outer_less_e, less_e_i), bp);
+        let here = own.get::<F>(tile, PAIRS, i, bp);
+        own.put::<F>(tile, PAIRS, i, earlier, bp);
         earlier += here;
-        let end = get::<F>(tile, ends + at, bp);
-        put::<F>(tile, ends + at, fma(own, q_i, end), owns, bp);
+        let end = own.get::<F>(tile, ENDS, i, bp);
+        own.put::<F>(tile, ENDS, i, fma(diagonal, q_i, end), bp);
     }
 
     let mut all_later = -into_tiles;
@@ -124,36 +121,31 @@ pub(crate) fn walk_channel<F: Float, B: Float, G: Float>(
     #[unroll]
     for r in 0..TILE {
         sync_plane();
-        let at = comptime!(r * ld);
         later[r] = later[r] - written[r] * h[r];
         all_later += later[r];
-        let whole = h[r] + get::<F>(tile, ends + at, bp);
-        products[r] = element::<F>(tile, keys + comptime!(r * ld), bp) * whole;
-        let d_k = floats[BETAS_AT + rows + r] * whole - get::<F>(tile, erases + at, bp);
-        put::<F>(tile, erases + at, d_k, owns, bp);
+        let whole = h[r] + own.get::<F>(tile, ENDS, r, bp);
+        products[r] = own.element::<F>(tile, keys, r, bp) * whole;
+        let d_k = floats[BETAS_AT + rows + r] * whole - own.get::<F>(tile, ERASES, r, bp);
+        own.put::<F>(tile, ERASES, r, d_k, bp);
     }
     leave_row_sums(&mut products, floats, unit, owns, KEY, bp);
     if comptime!(bp.spec.qk_l2norm) {
         #[unroll]
         for r in 0..TILE {
-            products[r] = element::<F>(tile, keys + comptime!(r * ld), bp)
-                * get::<F>(tile, erases + comptime!(r * ld), bp);
+            products[r] = own.element::<F>(tile, keys, r, bp) * own.get::<F>(tile, ERASES, r, bp);
         }
         leave_row_sums(&mut products, floats, unit, owns, ALONG_KEY, bp);
         sync_plane();
         #[unroll]
         for r in 0..TILE {
-            products[r] = element::<F>(tile, queries + comptime!(r * ld), bp)
-                * get::<F>(tile, d_q + comptime!(r * ld), bp);
+            products[r] = own.element::<F>(tile, queries, r, bp) * own.get::<F>(tile, D_Q, r, bp);
         }
         leave_row_sums(&mut products, floats, unit, owns, ALONG_QUERY, bp);
     }
-    let channels = comptime!(bp.spec.key_dim);
+    let channels = comptime!(bp.channels());
     let channel = d as usize;
-    if owns {
-        floats[comptime!(bp.later_at()) + t as usize * channels + channel] = all_later;
-        floats[comptime!(bp.earlier_at()) + t as usize * channels + channel] = into_ends;
-    }
+    floats[comptime!(bp.later_at()) + t as usize * channels + channel] = all_later;
+    floats[comptime!(bp.earlier_at()) + t as usize * channels + channel] = into_ends;
     sync_cube();
 
     // What the state and the other tiles add to all gates of this one.
@@ -180,7 +172,7 @@ pub(crate) fn walk_channel<F: Float, B: Float, G: Float>(
 
     let here = Here::left(words);
     let raw = read_channel::<G>(&gating.g, &here, unit, bp);
-    let (a, bias) = gate_constants(&gating.formula, here.hv as usize, channel, bp.spec);
+    let (a, bias) = gate_constants(&gating.formula, here.hv as usize, given(d, bp), bp.spec);
     let mut by_a_log = 0.0f32;
     let mut by_bias = 0.0f32;
     let row = here.row as usize;
@@ -193,20 +185,19 @@ pub(crate) fn walk_channel<F: Float, B: Float, G: Float>(
     #[unroll]
     for r in 0..TILE {
         if owns && rows as u32 + comptime!(r as u32) < here.steps {
-            let at = comptime!(r * ld);
-            let mut d_q_r = get::<F>(tile, d_q + at, bp);
-            let mut d_k_r = get::<F>(tile, erases + at, bp);
+            let mut d_q_r = own.get::<F>(tile, D_Q, r, bp);
+            let mut d_k_r = own.get::<F>(tile, ERASES, r, bp);
             if comptime!(bp.spec.qk_l2norm) {
                 // That of a row x itself is rho (d - rho^2 x (x . d)).
                 let norm = floats[READ_NORMS_AT + rows + r];
                 let along = norm * norm * row_sum(floats, rows + r, ALONG_QUERY, bp);
-                d_q_r -= element::<F>(tile, queries + comptime!(r * ld), bp) * along;
+                d_q_r -= own.element::<F>(tile, queries, r, bp) * along;
                 let norm = floats[KEY_NORMS_AT + rows + r];
                 let along = norm * norm * row_sum(floats, rows + r, ALONG_KEY, bp);
-                d_k_r = norm * (d_k_r - element::<F>(tile, keys + comptime!(r * ld), bp) * along);
+                d_k_r = norm * (d_k_r - own.element::<F>(tile, keys, r, bp) * along);
             }
             d_q_r *= floats[READS_AT + rows + r];
-            let by_g = later[r] + get::<F>(tile, pairs + at, bp);
+            let by_g = later[r] + own.get::<F>(tile, PAIRS, r, bp);
             let (by_x, by_a) = gate_slopes(raw[r], a, bias, gating.formula.lower_bound, bp.spec.gate);
             by_bias = fma(by_g, by_x, by_bias);
             by_a_log = fma(by_g, by_a, by_a_log);
@@ -218,34 +209,11 @@ pub(crate) fn walk_channel<F: Float, B: Float, G: Float>(
     (by_a_log, by_bias)
 }
 
-/// A query's or key's element, as it came.
-#[cube]
-fn element<F: Float>(tile: &Tile<F>, at: usize, #[comptime] bp: GradientsBlueprint) -> f32 {
-    let elements = tile.slice(0usize, comptime!(bp.units_of_memory())).with_vector_size::<V1>();
-    f32::cast_from(elements[at][0])
-}
-
 /// What an operand of the products between tiles has been rounded to. Sums for the gates take the same: what flows from
 /// tile to tile past none of a gate's rows is to vanish from its gradient, which strong gates leave little of.
 #[cube]
 fn as_operand<F: Float>(x: f32) -> f32 {
     f32::cast_from(F::cast_from(x))
-}
-
-/// A float of the sums.
-#[cube]
-fn get<F: Float>(tile: &Tile<F>, at: usize, #[comptime] bp: GradientsBlueprint) -> f32 {
-    let sums = tile.slice(0usize, comptime!(bp.units_of_memory())).with_vector_size::<V2>();
-    f32::reinterpret(sums[at])
-}
-
-/// Puts a float there. Units without a channel of their own repeat another one's, and must not.
-#[cube]
-fn put<F: Float>(tile: &mut Tile<F>, at: usize, x: f32, owns: bool, #[comptime] bp: GradientsBlueprint) {
-    if owns {
-        let mut sums = tile.slice_mut(0usize, comptime!(bp.units_of_memory())).with_vector_size::<V2>();
-        sums[at] = Vector::<F, V2>::reinterpret(x);
-    }
 }
 
 /// Leaves the sums over the units of a plane: each step halves the rows that a unit adds up, and at last units `2 r` and
