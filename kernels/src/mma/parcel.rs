@@ -55,7 +55,11 @@ enum Piece {
     Values,
 }
 
-const PIECES: [Piece; 4] = [Piece::Keys, Piece::Queries, Piece::Record, Piece::Values];
+const PIECES: usize = 4;
+
+fn piece(i: usize) -> Piece {
+    [Piece::Keys, Piece::Queries, Piece::Record, Piece::Values][i]
+}
 
 /// A chunk of the cube's sequence in device memory.
 #[derive(CubeType, Clone, Copy)]
@@ -91,8 +95,8 @@ pub(crate) fn send<F: Float>(
 ) {
     let chunk = chunk_of(place, c, bp);
     #[unroll]
-    for i in 0..comptime!(PIECES.len()) {
-        send_piece::<F>(parcel, q, k, v, records, place, chunk, unit, comptime!(PIECES[i]), bp);
+    for i in 0..PIECES {
+        send_piece::<F>(parcel, q, k, v, records, place, chunk, unit, comptime!(piece(i)), bp);
     }
 }
 
@@ -107,8 +111,8 @@ pub(crate) fn put<F: Float>(
     #[comptime] bp: Blueprint,
 ) {
     #[unroll]
-    for i in 0..comptime!(PIECES.len()) {
-        put_piece::<F>(parcel, to, factors, stage, unit, comptime!(PIECES[i]), bp);
+    for i in 0..PIECES {
+        put_piece::<F>(parcel, to, factors, stage, unit, comptime!(piece(i)), bp);
     }
 }
 
@@ -130,8 +134,8 @@ pub(crate) fn put_and_send<F: Float>(
 ) {
     let chunk = chunk_of(place, c, bp);
     #[unroll]
-    for i in 0..comptime!(PIECES.len()) {
-        let piece = comptime!(PIECES[i]);
+    for i in 0..PIECES {
+        let piece = comptime!(piece(i));
         put_piece::<F>(parcel, to, factors, stage, unit, piece, bp);
         send_piece::<F>(parcel, q, k, v, records, place, chunk, unit, piece, bp);
     }

@@ -23,7 +23,7 @@ pub(crate) fn place_of(unit: usize, #[comptime] bp: GradientsBlueprint) -> (u32,
     // The masks change nothing. They tell the compiler that no address runs over, so that constants become part of it.
     (
         (unit / channels) & comptime!(TILES as u32 - 1),
-        unit % channels & comptime!(bp.channels().next_power_of_two() as u32 - 1),
+        (unit % channels) & comptime!(bp.channels().next_power_of_two() as u32 - 1),
     )
 }
 
