@@ -38,6 +38,7 @@ pub struct InputGradients<F: Float, B: CubePrimitive, G: CubePrimitive> {
 pub struct Sizes {
     /// Tokens of a row of the batch, unless sequences are packed.
     pub tokens: u32,
+    /// Of the launch: `prepare` counts segments where sequences are split.
     pub sequences: u32,
     /// Value heads, and how many of them share a key head.
     pub heads: u32,
