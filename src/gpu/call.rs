@@ -1,5 +1,6 @@
 //! A checked call, and what both kinds of kernels need of it.
 
+use cubecl::ir::StorageType;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 use delta_rule_kernels::{
@@ -121,17 +122,6 @@ impl<'a, R: Runtime> Call<'a, R> {
         longest.unwrap_or(0) * self.problem.rule().micro_steps <= FEW
     }
 
-    /// Beta and g, and what their formulas take; `arg` binds what may be absent.
-    pub(super) fn gating<B: CubePrimitive, G: CubePrimitive>(
-        &self,
-        arg: impl Fn(Option<&Checked<R>>) -> ArrayArg<R>,
-    ) -> GatingLaunch<B, G, R> {
-        let (beta, g) = (Some(&self.beta), self.g.as_ref());
-        let formula =
-            GateFormulaLaunch::new(arg(self.a_log.as_ref()), arg(self.dt_bias.as_ref()), self.lower_bound());
-        GatingLaunch::new(strided(arg(beta), beta), strided(arg(g), g), formula)
-    }
-
     /// States that lie in `data` in the caller's layout.
     pub(super) fn states<T: CubePrimitive>(
         &self,
@@ -144,6 +134,45 @@ impl<'a, R: Runtime> Call<'a, R> {
             StateLayout::ValueFirst => (s[3], s[2]),
         };
         StatesLaunch::new(data, StateStridesLaunch::new(s[0], s[1], k, v))
+    }
+}
+
+/// How the launches of a call bind what they read.
+pub(super) trait Binds<R: Runtime> {
+    fn call(&self) -> &Call<'_, R>;
+
+    /// Bound where nothing is read.
+    fn unused(&self) -> ArrayArg<R>;
+
+    /// A tensor of no elements has no buffer that could be bound, and one that is absent is never read.
+    fn arg(&self, tensor: Option<&Checked<R>>) -> ArrayArg<R> {
+        match tensor {
+            Some(t) if t.elements > 0 => t.arg(),
+            _ => self.unused(),
+        }
+    }
+
+    /// The same with its strides.
+    fn read<T: CubePrimitive>(&self, tensor: Option<&Checked<R>>) -> StridedLaunch<T, R> {
+        strided(self.arg(tensor), tensor)
+    }
+
+    /// Beta and g, and what their formulas take.
+    fn gating<B: CubePrimitive, G: CubePrimitive>(&self) -> GatingLaunch<B, G, R> {
+        let call = self.call();
+        let (a_log, dt_bias) = (self.arg(call.a_log.as_ref()), self.arg(call.dt_bias.as_ref()));
+        let formula = GateFormulaLaunch::new(a_log, dt_bias, call.lower_bound());
+        GatingLaunch::new(self.read(Some(&call.beta)), self.read(call.g.as_ref()), formula)
+    }
+
+    /// States that are read.
+    fn states<T: CubePrimitive>(&self, states: Option<&Checked<R>>) -> StatesLaunch<T, R> {
+        self.call().states(self.arg(states), states)
+    }
+
+    fn dtypes(&self) -> [StorageType; 3] {
+        let DTypes { data, beta, gate, .. } = self.call().dtypes;
+        [data, beta, gate]
     }
 }
 

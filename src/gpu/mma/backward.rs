@@ -14,7 +14,7 @@ use delta_rule_kernels::{self as kernels, Spec, StridedLaunch, StridesLaunch};
 
 use super::{Launches, Records, applies, fits_page, most_chunks, scratch, widest_that_fills};
 use crate::gpu::backward::{Adjoint, Destinations};
-use crate::gpu::call::{Call, Table, array, cubes, strided, written, written_rows};
+use crate::gpu::call::{Binds, Call, Table, array, cubes, strided, written, written_rows};
 use crate::gpu::tensors::Checked;
 use crate::{Decay, Ident, Result};
 

@@ -6,7 +6,7 @@ use delta_rule_kernels::{StateStridesLaunch, StatesLaunch};
 
 use super::{Launches, Records, applies, blueprints, fits_page, most_chunks, scratch, widest_that_fills};
 use crate::Result;
-use crate::gpu::call::{Call, Outputs, Table, array, cubes, cubes_by_sequence, written_rows};
+use crate::gpu::call::{Binds, Call, Outputs, Table, array, cubes, cubes_by_sequence, written_rows};
 use crate::gpu::split::{Split, slot_bytes, split};
 
 /// What is launched for a call.

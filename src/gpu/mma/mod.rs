@@ -13,9 +13,9 @@ use cubecl::server::Handle;
 use delta_rule_kernels::mma::arguments::{RecordsLaunch, SizesLaunch};
 use delta_rule_kernels::mma::prepare::{prepare, prepare_by_channel};
 use delta_rule_kernels::mma::{Blueprint, CHUNK, Pass};
-use delta_rule_kernels::{self as kernels, GatingLaunch, Spec, StatesLaunch, StridedLaunch};
+use delta_rule_kernels::{self as kernels, Spec};
 
-use super::call::{Call, Table, array, cubes, strided};
+use super::call::{Binds, Call, Table, array, cubes};
 use super::tensors::Checked;
 use super::{MIN_BUFFER, f32_type};
 use crate::{Decay, Error, Result};
@@ -128,6 +128,16 @@ struct Launches<'a, R: Runtime> {
     unused: &'a Checked<R>,
 }
 
+impl<R: Runtime> Binds<R> for Launches<'_, R> {
+    fn call(&self) -> &Call<'_, R> {
+        self.call
+    }
+
+    fn unused(&self) -> ArrayArg<R> {
+        self.unused.arg()
+    }
+}
+
 impl<'a, R: Runtime> Launches<'a, R> {
     fn new(
         client: &'a ComputeClient<R>,
@@ -150,35 +160,9 @@ impl<'a, R: Runtime> Launches<'a, R> {
         self.table.as_ref().map_or_else(|| self.unused.arg(), |(handle, len)| array(handle, *len))
     }
 
-    /// What is absent or has no elements is never read.
-    fn arg(&self, tensor: Option<&Checked<R>>) -> ArrayArg<R> {
-        match tensor {
-            Some(t) if t.elements > 0 => t.arg(),
-            _ => self.unused.arg(),
-        }
-    }
-
-    /// A tensor that is read.
-    fn read<T: CubePrimitive>(&self, tensor: Option<&Checked<R>>) -> StridedLaunch<T, R> {
-        strided(self.arg(tensor), tensor)
-    }
-
-    fn gating<B: CubePrimitive, G: CubePrimitive>(&self) -> GatingLaunch<B, G, R> {
-        self.call.gating(|tensor| self.arg(tensor))
-    }
-
-    /// States that are read.
-    fn states(&self, states: Option<&Checked<R>>) -> StatesLaunch<f32, R> {
-        self.call.states(self.arg(states), states)
-    }
-
     fn sizes(&self, sequences: usize) -> SizesLaunch<R> {
         let tokens = self.call.problem.shape().tokens;
         SizesLaunch::new(tokens as u32, sequences as u32, self.value_heads() as u32, self.call.group())
-    }
-
-    fn dtypes(&self) -> [StorageType; 3] {
-        [self.call.dtypes.data, self.call.dtypes.beta, self.call.dtypes.gate]
     }
 
     /// Fills the records of all chunks. `bp` is that of the scan.
@@ -189,42 +173,31 @@ impl<'a, R: Runtime> Launches<'a, R> {
         let call = self.call;
         // It does not depend on how the values are dealt.
         let bp = Blueprint { value_tile: 16, held: 1, groups: 1, ..bp.recorded() };
-        let grid = cubes(self.client, records.count.div_ceil(bp.prepared_chunks()));
-        let units = CubeDim::new_1d(bp.prepare_units() as u32);
+        // Both kernels take the same, but for the type of g.
+        macro_rules! launch {
+            ($kernel:ident) => {
+                $kernel::launch_unchecked::<R>(
+                    self.client,
+                    cubes(self.client, records.count.div_ceil(bp.prepared_chunks())),
+                    CubeDim::new_1d(bp.prepare_units() as u32),
+                    self.read(Some(&call.q)),
+                    self.read(Some(&call.k)),
+                    self.gating(),
+                    self.table(),
+                    records.arg(),
+                    self.sizes(self.segments),
+                    self.chunks as u32,
+                    call.scale(),
+                    bp,
+                    self.dtypes(),
+                )
+            };
+        }
         // Safety: every index lies inside its buffer, as `checked` has found from shapes and strides.
         unsafe {
-            if bp.spec.decay == kernels::Decay::Channel {
-                prepare_by_channel::launch_unchecked::<R>(
-                    self.client,
-                    grid,
-                    units,
-                    self.read(Some(&call.q)),
-                    self.read(Some(&call.k)),
-                    self.gating(),
-                    self.table(),
-                    records.arg(),
-                    self.sizes(self.segments),
-                    self.chunks as u32,
-                    call.scale(),
-                    bp,
-                    self.dtypes(),
-                );
-            } else {
-                prepare::launch_unchecked::<R>(
-                    self.client,
-                    grid,
-                    units,
-                    self.read(Some(&call.q)),
-                    self.read(Some(&call.k)),
-                    self.gating(),
-                    self.table(),
-                    records.arg(),
-                    self.sizes(self.segments),
-                    self.chunks as u32,
-                    call.scale(),
-                    bp,
-                    self.dtypes(),
-                );
+            match bp.spec.decay {
+                kernels::Decay::Channel => launch!(prepare_by_channel),
+                _ => launch!(prepare),
             }
         }
     }

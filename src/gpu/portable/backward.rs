@@ -10,7 +10,7 @@ use delta_rule_kernels::portable::sweep::sweep;
 
 use super::Launches;
 use crate::gpu::backward::{Adjoint, Destinations};
-use crate::gpu::call::{Call, array, cubes, strided, too_large, written, written_rows};
+use crate::gpu::call::{Binds, Call, array, cubes, strided, too_large, written, written_rows};
 use crate::gpu::tensors::{Checked, binding_limit};
 use crate::gpu::{MIN_BUFFER, f32_type};
 use crate::{Error, Result};

@@ -5,7 +5,7 @@ use delta_rule_kernels::portable::scan::scan;
 
 use super::Launches;
 use crate::Result;
-use crate::gpu::call::{Call, Outputs, cubes, written_rows};
+use crate::gpu::call::{Binds, Call, Outputs, cubes, written_rows};
 
 /// `scan`.
 pub(in crate::gpu) fn forward<R: Runtime>(

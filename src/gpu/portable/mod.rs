@@ -8,10 +8,10 @@ pub(super) use forward::forward;
 
 use cubecl::prelude::*;
 use cubecl::server::Handle;
+use delta_rule_kernels::Decay;
 use delta_rule_kernels::portable::Blueprint;
-use delta_rule_kernels::{Decay, GatingLaunch, StatesLaunch, StridedLaunch};
 
-use super::call::{Call, Table, array, strided};
+use super::call::{Binds, Call, Table, array};
 use super::tensors::Checked;
 use crate::gpu::f32_type;
 use crate::{Error, Result, StateLayout};
@@ -96,6 +96,16 @@ struct Launches<'a, R: Runtime> {
     vector: usize,
 }
 
+impl<R: Runtime> Binds<R> for Launches<'_, R> {
+    fn call(&self) -> &Call<'_, R> {
+        self.call
+    }
+
+    fn unused(&self) -> ArrayArg<R> {
+        self.table()
+    }
+}
+
 impl<'a, R: Runtime> Launches<'a, R> {
     /// `others` are what is read or written with the vectors of q, k and v.
     fn new(
@@ -128,31 +138,5 @@ impl<'a, R: Runtime> Launches<'a, R> {
 
     fn table(&self) -> ArrayArg<R> {
         array(&self.table_handle, self.table.entries.len())
-    }
-
-    /// A tensor of no elements has no buffer that could be bound, and one that is absent is never read.
-    fn arg(&self, tensor: Option<&Checked<R>>) -> ArrayArg<R> {
-        match tensor {
-            Some(t) if t.elements > 0 => t.arg(),
-            _ => self.table(),
-        }
-    }
-
-    /// A tensor that is read.
-    fn read<T: CubePrimitive>(&self, tensor: Option<&Checked<R>>) -> StridedLaunch<T, R> {
-        strided(self.arg(tensor), tensor)
-    }
-
-    fn gating<B: CubePrimitive, G: CubePrimitive>(&self) -> GatingLaunch<B, G, R> {
-        self.call.gating(|tensor| self.arg(tensor))
-    }
-
-    /// States that are read.
-    fn states<T: CubePrimitive>(&self, states: Option<&Checked<R>>) -> StatesLaunch<T, R> {
-        self.call.states(self.arg(states), states)
-    }
-
-    fn dtypes(&self) -> [cubecl::ir::StorageType; 3] {
-        [self.call.dtypes.data, self.call.dtypes.beta, self.call.dtypes.gate]
     }
 }
