@@ -109,7 +109,7 @@ pub(crate) struct Right<F: Float> {
 
 #[cube]
 impl<F: Float> Right<F> {
-    fn new(a: Vector<F, V2>, b: Vector<F, V2>, c: Vector<F, V2>, d: Vector<F, V2>) -> Right<F> {
+    pub(crate) fn new(a: Vector<F, V2>, b: Vector<F, V2>, c: Vector<F, V2>, d: Vector<F, V2>) -> Right<F> {
         let mut first = Frag::<F>::new(2usize);
         first[0] = a;
         first[1] = b;

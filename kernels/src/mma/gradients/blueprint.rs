@@ -10,6 +10,10 @@ use crate::spec::{Decay, Spec};
 pub const BLOCK: usize = KEPT * CHUNK;
 /// Tiles of micro-steps in a block.
 pub(crate) const TILES: usize = BLOCK / TILE;
+/// Rows that a unit walks with gates per channel: half a tile.
+pub(crate) const STRIP: usize = TILE / 2;
+/// Strips in a block.
+pub(crate) const STRIPS: usize = BLOCK / STRIP;
 
 /// A specialisation of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -213,7 +217,7 @@ impl GradientsBlueprint {
         if group == 0 { self.dv_at() + BLOCK / PASSES * self.value_row() } else { self.r_at() }
     }
 
-    /// With gates per channel, keys decayed to the ends of their tiles. Queries and keys, at 0 and `k_at`, are decayed
+    /// With gates per channel, keys decayed to the ends of their strips. Queries and keys, at 0 and `k_at`, are decayed
     /// from the starts of theirs.
     pub(crate) fn keys_to_end_at(&self) -> usize {
         self.dv_at() + BLOCK * self.value_row()
@@ -233,7 +237,7 @@ impl GradientsBlueprint {
 
     /// Queries as they came, and keys behind them.
     pub(crate) fn raw_queries_at(&self) -> usize {
-        let behind_pairs = self.across_at(TILES * (TILES - 1) / 2);
+        let behind_pairs = self.across_at(pairs_before(TILES, 1));
         if self.by_channel() { behind_pairs.max(self.channel_sums_at(4)) } else { 0 }
     }
 
@@ -289,42 +293,37 @@ impl GradientsBlueprint {
     /// Shared memory in bytes.
     pub fn shared_memory(&self) -> usize {
         let (diagonals, floats) = if self.by_channel() {
-            (16 * TILES * DIAGONAL, self.channel_floats())
+            (16 * STRIPS * DIAGONAL, self.channel_floats())
         } else {
             (0, self.floats())
         };
         16 * self.units_of_memory() + diagonals + 4 * floats
     }
 
-    // Floats with gates per channel: factors of rows, then what is kept of tiles and channels.
+    // Floats with gates per channel: factors of rows, then what is kept of strips and channels.
 
-    /// The decay of each channel over a tile.
-    pub(crate) fn tile_decays_at(&self) -> usize {
+    /// The decay of each channel over a strip.
+    pub(crate) fn strip_decays_at(&self) -> usize {
         ROW_FACTORS
     }
 
-    /// Sums for the gates at or before a tile, and behind it.
+    /// Sums for the gates at or before a strip, and behind it.
     pub(crate) fn later_at(&self) -> usize {
-        self.tile_decays_at() + TILES * self.channels()
+        self.strip_decays_at() + STRIPS * self.channels()
     }
 
     pub(crate) fn earlier_at(&self) -> usize {
-        self.later_at() + TILES * self.channels()
+        self.later_at() + STRIPS * self.channels()
     }
 
     /// The products of the states, channel by channel, from both halves of the planes.
     pub(crate) fn products_at(&self) -> usize {
-        self.earlier_at() + TILES * self.channels()
+        self.earlier_at() + STRIPS * self.channels()
     }
 
-    /// Sums over the channels of a plane: sum by sum, plane of a tile by plane, row by row.
+    /// Sums over the channels of a plane: sum by sum, strip by strip, plane of a tile by plane, row by row.
     pub(crate) fn row_sums_at(&self, which: usize) -> usize {
-        self.products_at() + 2 * self.channels() + which * self.channel_planes() * BLOCK
-    }
-
-    /// Planes that share a tile.
-    pub(crate) fn channel_planes(&self) -> usize {
-        self.channels() / 32
+        self.products_at() + 2 * self.channels() + which * self.channels() / 32 * BLOCK
     }
 
     pub(crate) fn channel_floats(&self) -> usize {
@@ -332,8 +331,8 @@ impl GradientsBlueprint {
     }
 }
 
-/// Fours of floats in a pair of 16 x 16 blocks on the diagonal.
-pub(crate) const DIAGONAL: usize = TILE * TILE / 2;
+/// Fours of floats in a pair of 8 x 8 blocks on the diagonal.
+pub(crate) const DIAGONAL: usize = STRIP * STRIP / 2;
 
 /// Units of two blocks.
 pub(crate) const PAIR: usize = 2 * BLOCK_UNITS;

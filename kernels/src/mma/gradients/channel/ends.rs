@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::super::blueprint::{BLOCK, GradientsBlueprint, KEY_NORMS_AT, TILES};
 use super::super::here::Here;
 use super::operands::{is_channel, place_of};
-use super::walk::by_keys;
+use super::sums::{KEY, row_sum};
 use crate::math::beta_slope;
 use crate::spec::GateMap;
 use crate::tensors::Strided;
@@ -23,7 +23,7 @@ pub(crate) fn gradient_of_beta<B: Float>(
     if unit < BLOCK && (unit as u32) < here.steps {
         let step = here.step(unit as u32, 1usize);
         let (row, hv) = (here.row as usize, here.hv as usize);
-        let d = floats[KEY_NORMS_AT + unit] * by_keys(floats, unit, bp);
+        let d = floats[KEY_NORMS_AT + unit] * row_sum(floats, unit, KEY, bp);
         let raw = f32::cast_from(beta.data[beta.at.at(row, step, hv)]);
         let at = d_beta.at.at(row, step, hv);
         d_beta.data[at] = B::cast_from(d * beta_slope(raw, bp.spec.beta));

@@ -1,8 +1,8 @@
 //! The same gradients with a gate per key channel.
 //!
-//! $\Gamma_{ij}$ lies inside the sums over pairs now, and takes three ways. Between tiles of 16 rows it is a factor of row
-//! i since the start of its tile, one of row j to the end of its, and the decay of the tiles between (`between.rs`, on
-//! tensor cores, where sums walk from tile to tile and are decayed on their way). Inside a tile a unit takes a channel
+//! $\Gamma_{ij}$ lies inside the sums over pairs now, and takes three ways. Between strips of 8 rows it is a factor of row
+//! i since the start of its strip, one of row j to the end of its, and the decay of the strips between (`between.rs`, on
+//! tensor cores, where sums walk from strip to strip and are decayed on their way). Inside a strip a unit takes a channel
 //! from row to row in f32 (`walk.rs`). All factors are in `[0, 1]`, so that no gate is too strong.
 //!
 //! With Q and K after their norms, and H in its three parts, what it takes from the state, from pairs, and from its own
@@ -15,6 +15,8 @@
 mod between;
 mod ends;
 mod operands;
+mod out;
+mod sums;
 mod walk;
 
 use cubecl::prelude::*;
@@ -23,15 +25,16 @@ use super::super::arguments::{InputGradients, Kept, Rows};
 use super::super::blueprint::TILE;
 use super::super::tile::{Mma, Tile, V4, by_depth, zeros};
 use super::Own;
-use super::blueprint::{DIAGONAL, GradientsBlueprint, TILES};
+use super::blueprint::{DIAGONAL, GradientsBlueprint, STRIP, STRIPS, TILES};
 use super::copy::{load_values, put_rows, put_values, send_for_rows, send_for_values};
 use super::here::{HERE_WORDS, Here};
 use super::states::{Column, Reading, multiply_channels, read_states};
 use crate::tensors::Gating;
-use between::{add_from_behind, add_from_keys, carry_to_tiles, leave_pairs, leave_sums};
+use between::{add_from_behind, add_from_keys, leave_pairs, leave_sums};
 use ends::{gradient_of_beta, leave_constants};
-use operands::{leave_operands, leave_row_factors, read_channel};
-use walk::walk_channel;
+use operands::{STRIPS_OF_TILE, leave_operands, leave_row_factors, place_of, read_gates};
+use out::store_gradients;
+use walk::walk_strips;
 
 /// As [`gradients`](fn@super::gradients). `record_factors` are those of [`prepare`](mod@crate::mma::prepare),
 /// `record_floats` for each chunk and head.
@@ -53,8 +56,8 @@ pub(crate) fn gradients_by_channel<F: Float, B: Float, G: Float>(
     #[comptime] bp: GradientsBlueprint,
 ) {
     let mut tile = Tile::<F>::new_aligned(comptime!(bp.units_of_memory()), 128usize);
-    let mut diagonals = SharedMemory::<Vector<f32, V4>>::new(comptime!(TILES * DIAGONAL));
-    let mut floats = SharedMemory::<f32>::new(comptime!(bp.channel_floats()));
+    let mut diagonals = SharedMemory::<Vector<f32, V4>>::new(comptime!(STRIPS * DIAGONAL));
+    let mut floats = SharedMemory::<f32>::new_aligned(comptime!(bp.channel_floats()), 16usize);
     let mut words = SharedMemory::<u32>::new(HERE_WORDS);
     here.leave(&mut words);
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
@@ -63,7 +66,9 @@ pub(crate) fn gradients_by_channel<F: Float, B: Float, G: Float>(
     let lane = unit % 32;
     let plane = unit / 32;
 
-    let raw = read_channel::<G>(&gating.g, &here, unit, bp);
+    let (t, d) = place_of(unit, bp);
+    let mut raw = Array::<f32>::new(STRIP);
+    read_gates::<G>(&mut raw, &gating.g, &here, t * STRIPS_OF_TILE, d, bp);
     let rows = send_for_rows::<F>(q, k, &here, unit, bp);
     let values = send_for_values::<F>(d_o, dv, &kept.residuals, &here, unit, 0usize, bp);
     leave_row_factors(&gating.beta, record_factors, &here, record_floats, scale, &mut floats, unit, bp);
@@ -71,7 +76,7 @@ pub(crate) fn gradients_by_channel<F: Float, B: Float, G: Float>(
     put_values::<F>(&values, &mut tile, &here, unit, 0usize, bp);
     load_values::<F>(&mut tile, d_o, dv, &kept.residuals, &here, unit, 1usize, bp);
     sync_cube();
-    leave_operands::<F>(&raw, &gating.formula, &here, &mut tile, &mut floats, unit, bp);
+    leave_operands::<F, B, G>(&mut raw, gating, &here, &mut tile, &mut floats, unit, bp);
     leave_pairs::<F>(&mma, &mut tile, &mut diagonals, plane, lane, bp);
     sync_cube();
 
@@ -109,14 +114,9 @@ pub(crate) fn gradients_by_channel<F: Float, B: Float, G: Float>(
                 bp,
             );
         }
-        #[unroll]
-        for side in 0..2usize {
-            if half == side {
-                carry_to_tiles(&mut through, &floats, own, side, bp);
-                add_from_keys::<F>(&mma, &tile, &floats, &mut dq, &mut less_e, own, side, bp);
-                add_from_behind::<F>(&mma, &tile, &floats, &mut h, own, side, bp);
-            }
-        }
+        let first = half as u32 * comptime!(TILES as u32 / 2);
+        add_from_keys::<F>(&mma, &tile, &floats, &mut dq, &mut less_e, own, first, bp);
+        add_from_behind::<F>(&mma, &tile, &floats, &mut h, &mut through, own, first, bp);
     }
     sync_cube();
     if half < 2 {
@@ -126,9 +126,9 @@ pub(crate) fn gradients_by_channel<F: Float, B: Float, G: Float>(
         leave_sums::<F>(&through, &mut tile, comptime!(bp.channel_sums_at(3)), rows, own, bp);
     }
     sync_cube();
-    let (by_a_log, by_bias) =
-        walk_channel::<F, B, G>(gating, to, &words, &mut tile, &diagonals, &mut floats, unit, bp);
-    let here = Here::left(&words);
-    gradient_of_beta(&gating.beta, &mut to.beta, &here, &floats, unit, bp);
+    walk_strips::<F, B, G>(gating, &words, &mut tile, &diagonals, &mut floats, unit, bp);
+    sync_cube();
+    gradient_of_beta(&gating.beta, &mut to.beta, &Here::left(&words), &floats, unit, bp);
+    let (by_a_log, by_bias) = store_gradients::<F, B, G>(gating, to, &words, &tile, &floats, unit, bp);
     leave_constants(by_a_log, by_bias, constants, &mut floats, unit, bp);
 }

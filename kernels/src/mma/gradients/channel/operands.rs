@@ -1,19 +1,23 @@
-//! Keys and queries decayed from the starts and to the ends of their tiles: a unit takes a channel of a tile.
+//! Keys and queries decayed from the starts and to the ends of their strips: a unit takes a channel of a tile, strip by
+//! strip.
 
 use cubecl::prelude::*;
 
 use super::super::super::blueprint::{CHUNK, ERASE_AT, READ_AT, TILE};
-use super::super::super::tile::{Tile, V2};
+use super::super::super::tile::{Tile, V2, V4};
 use super::super::blueprint::{
-    BETAS_AT, BLOCK, GradientsBlueprint, KEY_NORMS_AT, READ_NORMS_AT, READS_AT, TILES, WRITES_AT,
+    BETAS_AT, BLOCK, GradientsBlueprint, KEY_NORMS_AT, READ_NORMS_AT, READS_AT, STRIP, TILES, WRITES_AT,
 };
 use super::super::here::Here;
 use crate::known::known_or;
 use crate::math::{beta_of, decay_of, gate_constants};
-use crate::tensors::{GateFormula, Strided};
+use crate::tensors::{GateFormula, Gating, Strided};
 
 /// One element.
 pub(crate) type V1 = Const<1>;
+
+/// Strips of a unit. A loop over them stays one, so that the first call compiles it once.
+pub(crate) const STRIPS_OF_TILE: u32 = (TILE / STRIP) as u32;
 
 /// The tile and the channel of a unit, which may lie behind the last one.
 #[cube]
@@ -33,21 +37,29 @@ pub(crate) fn is_channel(d: u32, #[comptime] bp: GradientsBlueprint) -> bool {
     known_or(bp.channels() == bp.spec.key_dim, d < comptime!(bp.spec.key_dim as u32))
 }
 
-/// Channel `d`, or the last one where that is padding: for tensors of the caller, which have none.
+/// What a gate formula needs of channel `d`; for padding, of which the caller has nothing, zeros.
 #[cube]
-pub(crate) fn given(d: u32, #[comptime] bp: GradientsBlueprint) -> usize {
-    if comptime!(bp.channels() == bp.spec.key_dim) {
-        d as usize
-    } else {
-        u32::min(d, comptime!(bp.spec.key_dim as u32 - 1)) as usize
+pub(crate) fn constants_of(
+    formula: &GateFormula,
+    here: &Here,
+    d: u32,
+    #[comptime] bp: GradientsBlueprint,
+) -> (f32, f32) {
+    let mut a = 0.0f32;
+    let mut bias = 0.0f32;
+    if is_channel(d, bp) {
+        let (x, y) = gate_constants(formula, here.hv as usize, d as usize, bp.spec);
+        a = x;
+        bias = y;
     }
+    (a, bias)
 }
 
-/// A unit's channel in the rows of its tile. The starts are known at run time only, in 64 bits: to a sum of 32 bits the compiler
+/// A unit's channel in the rows of a strip. The starts are known at run time only, in 64 bits: to a sum of 32 bits the compiler
 /// does not add a row's offset in the address, and would keep 32 addresses in registers.
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Channel {
-    /// Where the tile's rows start, of elements and of sums.
+    /// Where the strip's rows start, of elements and of sums.
     rows: usize,
     sums: usize,
     d: usize,
@@ -55,8 +67,8 @@ pub(crate) struct Channel {
 
 #[cube]
 impl Channel {
-    pub(crate) fn new(t: u32, d: u32, #[comptime] bp: GradientsBlueprint) -> Self {
-        let rows = (t * comptime!((TILE * bp.key_row()) as u32)) as usize;
+    pub(crate) fn new(strip: u32, d: u32, #[comptime] bp: GradientsBlueprint) -> Self {
+        let rows = (strip * comptime!((STRIP * bp.key_row()) as u32)) as usize;
         Channel { rows, sums: 2 * rows, d: d as usize }
     }
 
@@ -115,40 +127,62 @@ fn sum_at(which: usize, r: usize, bp: GradientsBlueprint) -> usize {
     4 * (bp.channel_sums_at(which) + 2 * r * bp.key_row())
 }
 
-/// The gates of a unit's rows, as the caller holds them; rows behind the end of the block repeat the last one.
+/// Of the factors of rows at `at`, those of row `r` of a strip and the three beside it.
 #[cube]
-pub(crate) fn read_channel<G: Float>(
-    g: &Strided<G>,
-    here: &Here,
-    unit: usize,
+pub(crate) fn four_of(
+    floats: &SharedMemory<f32>,
+    strip: u32,
+    #[comptime] at: usize,
+    #[comptime] r: usize,
     #[comptime] bp: GradientsBlueprint,
-) -> Array<f32> {
-    let (t, d) = place_of(unit, bp);
-    let mut out = Array::<f32>::new(TILE);
-    let first = g.at.at(here.row as usize, here.step(0u32, 1usize), here.hv as usize) + given(d, bp);
-    #[unroll]
-    for r in 0..TILE {
-        let i = u32::min(t * comptime!(TILE as u32) + comptime!(r as u32), here.steps - 1);
-        out[r] = f32::cast_from(g.data[first + (i * g.at.t) as usize]);
-    }
-    out
+) -> Vector<f32, V4> {
+    let all = floats.slice(0usize, comptime!(bp.channel_floats()));
+    let fours = all.into_vectorized().with_vector_size::<V4>();
+    fours[(strip * comptime!(STRIP as u32 / 4)) as usize + comptime!((at + r) / 4)]
 }
 
-/// The decays of a unit's rows; rows behind the end of the block do not decay.
+/// The gates of a strip's rows in channel `d`, as the caller holds them; rows behind the end of the block repeat the last
+/// one, and padding has none: with an index that stays inside instead there would be a word more to keep all along.
+#[cube]
+pub(crate) fn read_gates<G: Float>(
+    into: &mut Array<f32>,
+    g: &Strided<G>,
+    here: &Here,
+    strip: u32,
+    d: u32,
+    #[comptime] bp: GradientsBlueprint,
+) {
+    if comptime!(bp.channels() > bp.spec.key_dim) {
+        #[unroll]
+        for r in 0..STRIP {
+            into[r] = 0.0f32;
+        }
+    }
+    if is_channel(d, bp) {
+        let first = g.at.at(here.row as usize, here.step(0u32, 1usize), here.hv as usize) + d as usize;
+        #[unroll]
+        for r in 0..STRIP {
+            let i = u32::min(strip * comptime!(STRIP as u32) + comptime!(r as u32), here.steps - 1);
+            into[r] = f32::cast_from(g.data[first + (i * g.at.t) as usize]);
+        }
+    }
+}
+
+/// The decays of these rows; those behind the end of the block do not decay.
 #[cube]
 pub(crate) fn decays(
     raw: &Array<f32>,
     formula: &GateFormula,
     here: &Here,
-    unit: usize,
+    strip: u32,
+    d: u32,
     #[comptime] bp: GradientsBlueprint,
 ) -> Array<f32> {
-    let (t, d) = place_of(unit, bp);
-    let (a, bias) = gate_constants(formula, here.hv as usize, given(d, bp), bp.spec);
-    let mut out = Array::<f32>::new(TILE);
+    let (a, bias) = constants_of(formula, here, d, bp);
+    let mut out = Array::<f32>::new(STRIP);
     #[unroll]
-    for r in 0..TILE {
-        let valid = t * comptime!(TILE as u32) + comptime!(r as u32) < here.steps;
+    for r in 0..STRIP {
+        let valid = strip * comptime!(STRIP as u32) + comptime!(r as u32) < here.steps;
         out[r] = select(valid, decay_of(raw[r], a, bias, formula.lower_bound, bp.spec.gate), 1.0f32);
     }
     out
@@ -184,38 +218,56 @@ pub(crate) fn leave_row_factors<B: Float>(
     }
 }
 
-/// Leaves the operands of products between tiles, with all their factors, and the decay over the tile.
+/// Leaves the operands of products between strips, with all their factors, and the decays over the strips. `raw` holds the
+/// gates of the unit's first strip.
 #[cube]
-pub(crate) fn leave_operands<F: Float>(
-    raw: &Array<f32>,
-    formula: &GateFormula,
+pub(crate) fn leave_operands<F: Float, B: Float, G: Float>(
+    raw: &mut Array<f32>,
+    gating: &Gating<B, G>,
     here: &Here,
     tile: &mut Tile<F>,
     floats: &mut SharedMemory<f32>,
     unit: usize,
     #[comptime] bp: GradientsBlueprint,
 ) {
-    let decays = decays(raw, formula, here, unit, bp);
     let (t, d) = place_of(unit, bp);
-    let own = Channel::new(t, d, bp);
-    let rows = (t * comptime!(TILE as u32)) as usize;
-    let mut from_start = 1.0f32;
-    let mut to_end = 1.0f32;
-    #[unroll]
-    for r in 0..TILE {
-        from_start *= decays[r];
-        let q = own.element::<F>(tile, bp.raw_queries_at(), r, bp) * floats[READS_AT + rows + r];
-        // X comes without the sign that E and H have it with.
-        let less_k = -own.element::<F>(tile, bp.raw_keys_at(), r, bp) * floats[KEY_NORMS_AT + rows + r];
-        own.put_element::<F>(tile, 0usize, r, q * from_start, bp);
-        own.put_element::<F>(tile, bp.k_at(), r, less_k * from_start, bp);
+    for s in 0..STRIPS_OF_TILE {
+        let strip = t * STRIPS_OF_TILE + s;
+        let decays = decays(raw, &gating.formula, here, strip, d, bp);
+        // The gates of the next strip are on their way meanwhile.
+        if s + 1 < STRIPS_OF_TILE {
+            read_gates::<G>(raw, &gating.g, here, strip + 1, d, bp);
+        }
+        let own = Channel::new(strip, d, bp);
+        let mut from_start = 1.0f32;
+        let mut to_end = 1.0f32;
+        let mut reads = four_of(floats, strip, READS_AT, 0usize, bp);
+        let mut norms = four_of(floats, strip, KEY_NORMS_AT, 0usize, bp);
+        #[unroll]
+        for r in 0..STRIP {
+            if comptime!(r == 4) {
+                reads = four_of(floats, strip, READS_AT, r, bp);
+                norms = four_of(floats, strip, KEY_NORMS_AT, r, bp);
+            }
+            from_start *= decays[r];
+            let q = own.element::<F>(tile, bp.raw_queries_at(), r, bp) * reads[comptime!(r % 4)];
+            // X comes without the sign that E and H have it with.
+            let less_k = -own.element::<F>(tile, bp.raw_keys_at(), r, bp) * norms[comptime!(r % 4)];
+            own.put_element::<F>(tile, 0usize, r, q * from_start, bp);
+            own.put_element::<F>(tile, bp.k_at(), r, less_k * from_start, bp);
+        }
+        let mut writes = four_of(floats, strip, WRITES_AT, 4usize, bp);
+        #[unroll]
+        for down in 0..STRIP {
+            let r = comptime!(STRIP - 1 - down);
+            if comptime!(r == 3) {
+                writes = four_of(floats, strip, WRITES_AT, r, bp);
+            }
+            let k = own.element::<F>(tile, bp.raw_keys_at(), r, bp) * writes[comptime!(r % 4)];
+            own.put_element::<F>(tile, bp.keys_to_end_at(), r, k * to_end, bp);
+            to_end *= decays[r];
+        }
+        floats[comptime!(bp.strip_decays_at()) + (strip * comptime!(bp.channels() as u32) + d) as usize] =
+            to_end;
     }
-    #[unroll]
-    for down in 0..TILE {
-        let r = comptime!(TILE - 1 - down);
-        let k = own.element::<F>(tile, bp.raw_keys_at(), r, bp) * floats[WRITES_AT + rows + r];
-        own.put_element::<F>(tile, bp.keys_to_end_at(), r, k * to_end, bp);
-        to_end *= decays[r];
-    }
-    floats[comptime!(bp.tile_decays_at()) + (t * comptime!(bp.channels() as u32) + d) as usize] = to_end;
 }
