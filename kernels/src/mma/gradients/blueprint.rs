@@ -10,6 +10,8 @@ use crate::spec::{Decay, Spec};
 pub const BLOCK: usize = KEPT * CHUNK;
 /// Tiles of micro-steps in a block.
 pub(crate) const TILES: usize = BLOCK / TILE;
+/// Pairs of two tiles of micro-steps, of which the first does not lie before the second.
+pub(crate) const STEP_PAIRS: usize = TILES * (TILES + 1) / 2;
 /// Rows that a unit walks with gates per channel: half a tile.
 pub(crate) const STRIP: usize = TILE / 2;
 /// Strips in a block.
@@ -124,7 +126,7 @@ impl GradientsBlueprint {
     }
 
     pub(crate) fn pairs(&self) -> usize {
-        self.read_pairs() + pairs_before(TILES, 1)
+        self.read_pairs() + STEP_PAIRS
     }
 
     /// Whether the pairs inside one token are kept apart: there is no decay between them.
@@ -237,7 +239,7 @@ impl GradientsBlueprint {
 
     /// Queries as they came, and keys behind them.
     pub(crate) fn raw_queries_at(&self) -> usize {
-        let behind_pairs = self.across_at(pairs_before(TILES, 1));
+        let behind_pairs = self.across_at(STEP_PAIRS);
         if self.by_channel() { behind_pairs.max(self.channel_sums_at(4)) } else { 0 }
     }
 
@@ -323,7 +325,12 @@ impl GradientsBlueprint {
 
     /// Sums over the channels of a plane: sum by sum, strip by strip, plane of a tile by plane, row by row.
     pub(crate) fn row_sums_at(&self, which: usize) -> usize {
-        self.products_at() + 2 * self.channels() + which * self.channels() / 32 * BLOCK
+        self.products_at() + 2 * self.channels() + which * self.channel_planes() * BLOCK
+    }
+
+    /// Planes that share a tile.
+    pub(crate) fn channel_planes(&self) -> usize {
+        self.channels() / 32
     }
 
     pub(crate) fn channel_floats(&self) -> usize {

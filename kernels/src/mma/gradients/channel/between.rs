@@ -6,17 +6,15 @@
 use cubecl::prelude::*;
 
 use super::super::super::blueprint::{BLOCK_UNITS, TILE};
+use super::super::super::held::factor_pair;
 use super::super::super::tile::{Acc, Mma, Right, Tile, V2, V4, in_block, load, multiply, store, to_frag};
 use super::super::Own;
-use super::super::blueprint::{DIAGONAL, GradientsBlueprint, PAIR, STRIP, TILES};
+use super::super::blueprint::{DIAGONAL, GradientsBlueprint, PAIR, STEP_PAIRS, STRIP, TILES};
 use super::super::pairs::product;
 use crate::known::known_or;
 
 /// Tiles of a plane.
 const HALF: usize = TILES / 2;
-
-/// Pairs of tiles `i >= j`.
-const PAIRS: usize = TILES * (TILES + 1) / 2;
 
 /// Leaves Y = dO R^T and X = dV R^T of all pairs of tiles; planes take them in turn. Pairs inside a strip stay in f32.
 #[cube]
@@ -30,9 +28,9 @@ pub(crate) fn leave_pairs<F: Float>(
 ) {
     let planes = comptime!(bp.units() / 32);
     #[unroll]
-    for round in 0..comptime!(PAIRS.div_ceil(bp.units() / 32)) {
+    for round in 0..comptime!(STEP_PAIRS.div_ceil(bp.units() / 32)) {
         let pair = plane + comptime!(round * planes);
-        if pair < PAIRS {
+        if pair < STEP_PAIRS {
             leave_pair::<F>(mma, tile, diagonals, pair, lane, bp);
         }
     }
@@ -97,13 +95,11 @@ fn decays_of(
     #[comptime] bp: GradientsBlueprint,
 ) -> Array<Vector<f32, V2>> {
     let mut decays = Array::<Vector<f32, V2>>::new(4usize);
-    let first = (t * comptime!(2 * bp.channels() as u32)) as usize + own.plane * TILE + own.lane % 4 * 2;
+    let first = (t * comptime!(2 * bp.channels() as u32)) as usize + own.plane * TILE;
     #[unroll]
     for i in 0..4usize {
-        let at = first + comptime!(bp.strip_decays_at() + i / 2 * bp.channels() + i % 2 * 8);
-        let mut by = Vector::<f32, V2>::cast_from(floats[at]);
-        by[1] = floats[at + 1];
-        decays[i] = by;
+        let at = first + comptime!(bp.strip_decays_at() + i / 2 * bp.channels());
+        decays[i] = factor_pair(floats, at, comptime!(i % 2), own.lane);
     }
     decays
 }
@@ -113,22 +109,45 @@ const FIRST: (usize, usize) = (0, 1);
 const SECOND: (usize, usize) = (1, 2);
 const BOTH: (usize, usize) = (0, 2);
 
-/// Takes sums of a plane's tile `n` through a strip.
+/// Takes two sums of a plane's tile `n` through a strip.
 #[cube]
 fn carry(
-    sums: &mut Sequence<Acc>,
+    one: &mut Sequence<Acc>,
+    other: &mut Sequence<Acc>,
     decays: &Array<Vector<f32, V2>>,
     #[comptime] strip: usize,
     #[comptime] n: usize,
     #[comptime] vectors: (usize, usize),
 ) {
     #[unroll]
-    for side in 0..2usize {
-        let acc = sums.index_mut(comptime!(2 * n + side));
+    for which in 0..2usize {
         #[unroll]
-        for e in comptime!(vectors.0)..comptime!(vectors.1) {
-            acc[e] = acc[e] * decays[comptime!(2 * strip + side)];
+        for side in 0..2usize {
+            let i = comptime!(2 * n + side);
+            let acc = if comptime!(which == 0) { one.index_mut(i) } else { other.index_mut(i) };
+            #[unroll]
+            for e in comptime!(vectors.0)..comptime!(vectors.1) {
+                acc[e] = acc[e] * decays[comptime!(2 * strip + side)];
+            }
         }
+    }
+}
+
+/// The same through the strip of a tile that sums come to first, which those of its own rows pass only if their tile lies
+/// `elsewhere`.
+#[cube]
+fn carry_in(
+    one: &mut Sequence<Acc>,
+    other: &mut Sequence<Acc>,
+    decays: &Array<Vector<f32, V2>>,
+    #[comptime] strip: usize,
+    #[comptime] n: usize,
+    elsewhere: bool,
+) {
+    let (others, its) = comptime!(if strip == 0 { (SECOND, FIRST) } else { (FIRST, SECOND) });
+    carry(one, other, decays, strip, n, others);
+    if elsewhere {
+        carry(one, other, decays, strip, n, its);
     }
 }
 
@@ -174,18 +193,11 @@ pub(crate) fn add_from_keys<F: Float>(
                 let at = row_of_pairs(i, bp) + (j * comptime!(PAIR as u32)) as usize + place;
                 let y = load::<F>(mma, tile, at, false);
                 let x = load::<F>(mma, tile, at + BLOCK_UNITS, false);
-                // In its own tile only the second strip takes something, of the first.
-                carry(dq, &decays, 0usize, n, SECOND);
-                carry(e, &decays, 0usize, n, SECOND);
-                if j < i {
-                    carry(dq, &decays, 0usize, n, FIRST);
-                    carry(e, &decays, 0usize, n, FIRST);
-                }
+                carry_in(dq, e, &decays, 0usize, n, j < i);
                 multiply::<F>(mma, &y, keys.index(0usize), dq, comptime!(2 * n));
                 multiply::<F>(mma, &x, keys.index(0usize), e, comptime!(2 * n));
                 if j < i {
-                    carry(dq, &decays, 1usize, n, BOTH);
-                    carry(e, &decays, 1usize, n, BOTH);
+                    carry(dq, e, &decays, 1usize, n, BOTH);
                     multiply::<F>(mma, &y, keys.index(1usize), dq, comptime!(2 * n));
                     multiply::<F>(mma, &x, keys.index(1usize), e, comptime!(2 * n));
                 }
@@ -222,17 +234,11 @@ pub(crate) fn add_from_behind<F: Float>(
                 let at = pairs + (j * comptime!(PAIR as u32)) as usize;
                 let y = load::<F>(mma, tile, at, true);
                 let x = load::<F>(mma, tile, at + BLOCK_UNITS, true);
-                carry(h, &decays, 1usize, n, FIRST);
-                carry(through, &decays, 1usize, n, FIRST);
-                if j < i {
-                    carry(h, &decays, 1usize, n, SECOND);
-                    carry(through, &decays, 1usize, n, SECOND);
-                }
+                carry_in(h, through, &decays, 1usize, n, j < i);
                 multiply::<F>(mma, &y, queries.index(1usize), h, comptime!(2 * n));
                 multiply::<F>(mma, &x, keys.index(1usize), h, comptime!(2 * n));
                 if j < i {
-                    carry(h, &decays, 0usize, n, BOTH);
-                    carry(through, &decays, 0usize, n, BOTH);
+                    carry(h, through, &decays, 0usize, n, BOTH);
                     multiply::<F>(mma, &y, queries.index(0usize), h, comptime!(2 * n));
                     multiply::<F>(mma, &x, keys.index(0usize), h, comptime!(2 * n));
                 }

@@ -37,6 +37,12 @@ pub(crate) fn is_channel(d: u32, #[comptime] bp: GradientsBlueprint) -> bool {
     known_or(bp.channels() == bp.spec.key_dim, d < comptime!(bp.spec.key_dim as u32))
 }
 
+/// Where channel `d` of a strip lies in what is kept of strips and channels.
+#[cube]
+pub(crate) fn index_of(strip: u32, d: u32, #[comptime] bp: GradientsBlueprint) -> usize {
+    (strip * comptime!(bp.channels() as u32) + d) as usize
+}
+
 /// What a gate formula needs of channel `d`; for padding, of which the caller has nothing, zeros.
 #[cube]
 pub(crate) fn constants_of(
@@ -267,7 +273,6 @@ pub(crate) fn leave_operands<F: Float, B: Float, G: Float>(
             own.put_element::<F>(tile, bp.keys_to_end_at(), r, k * to_end, bp);
             to_end *= decays[r];
         }
-        floats[comptime!(bp.strip_decays_at()) + (strip * comptime!(bp.channels() as u32) + d) as usize] =
-            to_end;
+        floats[comptime!(bp.strip_decays_at()) + index_of(strip, d, bp)] = to_end;
     }
 }

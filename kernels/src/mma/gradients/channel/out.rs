@@ -6,7 +6,9 @@ use super::super::super::arguments::InputGradients;
 use super::super::super::tile::Tile;
 use super::super::blueprint::{GradientsBlueprint, KEY_NORMS_AT, READ_NORMS_AT, READS_AT, STRIP, STRIPS};
 use super::super::here::Here;
-use super::operands::{Channel, STRIPS_OF_TILE, V1, constants_of, four_of, is_channel, place_of, read_gates};
+use super::operands::{
+    Channel, STRIPS_OF_TILE, V1, constants_of, four_of, index_of, is_channel, place_of, read_gates,
+};
 use super::sums::{ALONG_KEY, ALONG_QUERY, row_sum};
 use super::walk::{D_Q, ENDS, ERASES, PAIRS};
 use crate::math::gate_slopes;
@@ -60,7 +62,7 @@ pub(crate) fn store_gradients<F: Float, B: Float, G: Float>(
     for s in 0..STRIPS_OF_TILE {
         let strip = last - s;
         read_gates::<G>(&mut raw, &gating.g, &here, strip, d, bp);
-        rest -= floats[comptime!(bp.earlier_at()) + (strip * comptime!(bp.channels() as u32) + d) as usize];
+        rest -= floats[comptime!(bp.earlier_at()) + index_of(strip, d, bp)];
         let mut reads = four_of(floats, strip, READS_AT, 4usize, bp);
         let own = Channel::new(strip, d, bp);
         let rows = (strip * comptime!(STRIP as u32)) as usize;

@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 
 use super::super::blueprint::{GradientsBlueprint, STRIP};
-use super::operands::is_channel;
+use super::operands::{index_of, is_channel};
 
 /// What is summed over channels: k . H, and where there is a norm k . dK and q . dQ.
 pub(crate) const KEY: usize = 0;
@@ -48,8 +48,7 @@ pub(crate) fn leave_row_sums(
         sum += plane_shuffle_xor(sum, comptime!(1u32 << level));
     }
     if lane % SHARE == 0 {
-        let at = (strip * comptime!(bp.channels() as u32) + d) as usize / SHARE;
-        floats[comptime!(bp.row_sums_at(which)) + at] = sum;
+        floats[comptime!(bp.row_sums_at(which)) + index_of(strip, d, bp) / SHARE] = sum;
     }
 }
 
@@ -62,9 +61,9 @@ pub(crate) fn row_sum(
     #[comptime] bp: GradientsBlueprint,
 ) -> f32 {
     let mut sum = 0.0f32;
-    let first = row / STRIP * comptime!(bp.channels() / SHARE) + row % STRIP;
+    let first = row / STRIP * comptime!(bp.channel_planes() * STRIP) + row % STRIP;
     #[unroll]
-    for plane in 0..comptime!(bp.channels() / 32) {
+    for plane in 0..comptime!(bp.channel_planes()) {
         sum += floats[comptime!(bp.row_sums_at(which) + plane * STRIP) + first];
     }
     sum

@@ -8,7 +8,7 @@ use super::super::blueprint::{
 };
 use super::super::here::Here;
 use super::V4;
-use super::operands::{Channel, STRIPS_OF_TILE, decays, four_of, place_of, read_gates};
+use super::operands::{Channel, STRIPS_OF_TILE, decays, four_of, index_of, place_of, read_gates};
 use super::sums::{ALONG_KEY, ALONG_QUERY, KEY, leave_row_sums};
 use crate::tensors::Gating;
 
@@ -174,7 +174,7 @@ fn walk_strip<F: Float, B: Float, G: Float>(
         }
         leave_row_sums(&mut products, floats, strip, d, ALONG_QUERY, bp);
     }
-    let at = (strip * comptime!(bp.channels() as u32) + d) as usize;
+    let at = index_of(strip, d, bp);
     floats[comptime!(bp.later_at()) + at] = all_later;
     floats[comptime!(bp.earlier_at()) + at] = into_ends;
 }
