@@ -34,6 +34,7 @@
 mod known;
 mod math;
 pub mod mma;
+mod order;
 pub mod portable;
 mod record;
 mod spec;

@@ -8,6 +8,7 @@ use super::chunk::{Target, finish};
 use super::fetch::{store_chunk, store_last};
 use super::gates::{Raw, gates_from, gates_of, leave_gates, read_gates};
 use super::gram::multiply_keys;
+use super::memory::Region;
 use super::parcel::{new_parcel, put, send};
 use super::planes::Fetcher;
 use super::stage::Place;
@@ -27,8 +28,8 @@ pub(crate) fn prepare_chunks<F: Float, B: Float, G: Float>(
     o: &mut Rows<F>,
     place: &Place,
     tile: &mut Tile<F>,
-    factors: &mut SharedMemory<f32>,
-    leaves: &mut SharedMemory<Vector<f32, V2>>,
+    factors: &mut Region<f32>,
+    leaves: &mut Region<Vector<f32, V2>>,
     fetcher: Fetcher,
     scale: f32,
     #[comptime] bp: Blueprint,
@@ -94,7 +95,7 @@ pub(crate) fn prepare_chunks<F: Float, B: Float, G: Float>(
 /// Finds the gates of chunk `c`, and leaves them with it.
 #[cube]
 fn find_gates(
-    factors: &mut SharedMemory<f32>,
+    factors: &mut Region<f32>,
     raw: &Raw,
     formula: &GateFormula,
     place: &Place,

@@ -1,5 +1,7 @@
 //! Every choice that is made before a tensor-core kernel is compiled, and where things lie in shared memory.
 
+use super::channel::{SEEN_UNITS, partial_bytes};
+use super::memory::{Regions, UNIT_BYTES};
 use super::tile::AHEAD;
 use crate::spec::{Decay, Spec};
 
@@ -135,16 +137,48 @@ impl Blueprint {
         of(Pass::Replay).max(of(Pass::Unwind))
     }
 
+    /// Shared memory of `sweep`: chunks, their factors, and words that are set aside.
+    pub(crate) fn sweep_regions(&self) -> Regions<3> {
+        let factors = self.stages() * self.directed(Pass::Unwind, false).factors();
+        Regions::new([UNIT_BYTES * self.sweep_memory(), 4 * factors, 4 * ASIDE])
+    }
+
+    /// Shared memory of `forward`: the same, and leaves if chunks are prepared beside the scan.
+    pub(crate) fn forward_regions(&self) -> Regions<4> {
+        let leaves = if self.prepared { 0 } else { BLOCKS * self.leaf_pairs() };
+        let factors = self.stages() * self.factors();
+        Regions::new([UNIT_BYTES * self.units_of_memory(), 4 * factors, 4 * ASIDE, 8 * leaves])
+    }
+
+    /// Shared memory of `prepare`: blocks, factors and leaves.
+    pub(crate) fn prepare_regions(&self) -> Regions<3> {
+        let chunks = self.prepared_chunks();
+        let leaves = chunks * BLOCKS * self.leaf_pairs();
+        Regions::new([UNIT_BYTES * self.prepared_blocks(), 4 * chunks * self.factors(), 8 * leaves])
+    }
+
+    /// Shared memory of `prepare_by_channel`: the same, and what its planes find of a chunk (`Partial`).
+    pub(crate) fn prepare_by_channel_regions(&self) -> Regions<6> {
+        let (blocks, seen) = (self.prepared_blocks(), SEEN_UNITS * self.slices());
+        let [sums, squares, whole] = partial_bytes(self);
+        Regions::new([
+            UNIT_BYTES * (blocks + seen),
+            4 * self.factors(),
+            8 * BLOCKS * self.leaf_pairs(),
+            sums,
+            squares,
+            whole,
+        ])
+    }
+
     /// Shared memory of `sweep` in bytes.
     pub fn sweep_bytes(&self) -> usize {
-        16 * self.sweep_memory() + 4 * (self.stages() * self.directed(Pass::Unwind, false).factors() + ASIDE)
+        self.sweep_regions().bytes()
     }
 
     /// Shared memory of `forward` in bytes.
     pub fn shared_memory(&self) -> usize {
-        16 * self.units_of_memory()
-            + 4 * (self.stages() * self.factors() + ASIDE)
-            + 8 * BLOCKS * self.leaf_pairs()
+        self.forward_regions().bytes()
     }
 
     /// What the preparing launch leaves of one chunk and head: 16-byte units, and floats.

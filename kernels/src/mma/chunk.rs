@@ -19,6 +19,7 @@ use super::blueprint::{BLOCK_UNITS, BLOCKS, Blueprint, CHUNK, DECAY_AT, ERASE_BL
 use super::gates::Gates;
 use super::gram::Gram;
 use super::inverse::leave_inverse;
+use super::memory::Region;
 use super::tile::{Acc, Mma, Tile, V2, in_block, scale_columns, store, to_frag};
 use crate::known::{known_and, known_or};
 use crate::spec::Decay;
@@ -85,7 +86,7 @@ fn store_below<F: Float>(
     at: usize,
     gram: &Gram,
     rows: Vector<f32, V2>,
-    factors: &SharedMemory<f32>,
+    factors: &Region<f32>,
     gates: &Gates,
     lane: usize,
     #[comptime] bp: Blueprint,
@@ -144,8 +145,8 @@ impl Target {
 pub(crate) fn finish<F: Float>(
     mma: &Mma<F>,
     tile: &mut Tile<F>,
-    factors: &mut SharedMemory<f32>,
-    leaves: &mut SharedMemory<Vector<f32, V2>>,
+    factors: &mut Region<f32>,
+    leaves: &mut Region<Vector<f32, V2>>,
     gram: &Gram,
     gates: &Gates,
     scale: f32,
@@ -173,8 +174,8 @@ pub(crate) fn finish<F: Float>(
 pub(crate) fn finish_all<F: Float>(
     mma: &Mma<F>,
     tile: &mut Tile<F>,
-    factors: &mut SharedMemory<f32>,
-    leaves: &mut SharedMemory<Vector<f32, V2>>,
+    factors: &mut Region<f32>,
+    leaves: &mut Region<Vector<f32, V2>>,
     grams: &Sequence<Gram>,
     gates: &Gates,
     scale: f32,
@@ -213,8 +214,8 @@ fn of_row(rows: Vector<f32, V2>, row: usize) -> f32 {
 fn leave_products<F: Float>(
     mma: &Mma<F>,
     tile: &mut Tile<F>,
-    factors: &mut SharedMemory<f32>,
-    leaves: &mut SharedMemory<Vector<f32, V2>>,
+    factors: &mut Region<f32>,
+    leaves: &mut Region<Vector<f32, V2>>,
     gram: &Gram,
     gates: &Gates,
     to: Target,
@@ -280,7 +281,7 @@ fn leave_products<F: Float>(
 fn finish_queries<F: Float>(
     mma: &Mma<F>,
     tile: &mut Tile<F>,
-    factors: &mut SharedMemory<f32>,
+    factors: &mut Region<f32>,
     gram: &Gram,
     gates: &Gates,
     scale: f32,

@@ -8,6 +8,7 @@
 use cubecl::prelude::*;
 
 use super::stage::along_y;
+use crate::order::declare_in_order;
 use crate::record::F4;
 use crate::spec::Spec;
 use crate::tensors::States;
@@ -68,28 +69,29 @@ pub fn combine(
             own[e] = initial_state.data[from + (4 * column + e) * at.k as usize];
         }
     }
-    let mut state = SharedMemory::<F4>::new(comptime!(ROWS * columns));
-    let mut products = SharedMemory::<F4>::new(comptime!(ROWS * ROWS * columns));
+    // The rows of the state, and behind them those of the products.
+    let mut shared = SharedMemory::<F4>::new(comptime!((1 + ROWS) * ROWS * columns));
     let mut ahead = Array::<F4>::new(STEP);
     let slot = comptime!((spec.value_dim + spec.key_dim) * columns);
     let own_at = row * columns + column;
     let transfer_at = comptime!(spec.value_dim * columns) + column;
     for segment in table[inner_at as usize + n]..table[inner_at as usize + n + 1] {
         let at = (segment as usize * heads as usize + hv) * slot;
-        state[unit] = own;
+        shared[unit] = own;
         ask_for(&mut ahead, slots, at + transfer_at, part, spec);
         let written = slots[at + own_at];
         sync_cube();
         slots[at + own_at] = own;
-        multiply_part(&state, &mut products, slots, at + transfer_at, part, column, &mut ahead, spec);
+        multiply_part(&mut shared, slots, at + transfer_at, part, column, &mut ahead, spec);
         sync_cube();
         own = written;
         #[unroll]
         for p in 0..ROWS {
-            own += products[unit + comptime!(p * ROWS * columns)];
+            own += shared[unit + comptime!((1 + p) * ROWS * columns)];
         }
     }
     slots[(n * heads as usize + hv) * slot + own_at] = own;
+    declare_in_order();
 }
 
 /// Asks for this unit's columns of the [`STEP`] rows of A from `STEP * step` on, if A has them.
@@ -107,8 +109,7 @@ fn ask_for(ahead: &mut Array<F4>, slots: &Array<F4>, at: usize, step: usize, #[c
 /// $S^T A$ over one part of the rows of A, `ahead` the first of them.
 #[cube]
 fn multiply_part(
-    state: &SharedMemory<F4>,
-    products: &mut SharedMemory<F4>,
+    shared: &mut SharedMemory<F4>,
     slots: &Array<F4>,
     at: usize,
     part: usize,
@@ -132,7 +133,7 @@ fn multiply_part(
         ask_for(ahead, slots, at, step + ROWS, spec);
         #[unroll]
         for r in 0..ROWS {
-            let s = state[step + comptime!(r * columns)];
+            let s = shared[step + comptime!(r * columns)];
             #[unroll]
             for i in 0..STEP {
                 sums[r] = fma(F4::new(s[i]), rows[i], sums[r]);
@@ -142,6 +143,6 @@ fn multiply_part(
     }
     #[unroll]
     for r in 0..ROWS {
-        products[part * comptime!(ROWS * columns) + comptime!(r * columns) + column] = sums[r];
+        shared[(1 + part) * comptime!(ROWS * columns) + comptime!(r * columns) + column] = sums[r];
     }
 }

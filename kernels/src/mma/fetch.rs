@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::arguments::{Records, Rows};
 use super::blueprint::{Blueprint, CHUNK, Pass};
+use super::memory::Region;
 use super::parcel::{new_parcel, put_and_send, send};
 use super::planes::Fetcher;
 use super::stage::{Place, store_rows, turn};
@@ -23,7 +24,7 @@ pub(crate) fn fetch_chunks<F: Float>(
     out_at: &Strides,
     place: &Place,
     tile: &mut Tile<F>,
-    factors: &mut SharedMemory<f32>,
+    factors: &mut Region<f32>,
     fetcher: Fetcher,
     #[comptime] bp: Blueprint,
 ) {

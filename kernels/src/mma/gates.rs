@@ -3,6 +3,7 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{Blueprint, CHUNK};
+use super::memory::Region;
 use super::stage::Place;
 use super::tile::V2;
 use crate::known::known_and;
@@ -81,7 +82,7 @@ pub(crate) enum PerStep {
 #[cube]
 impl PerStep {
     /// The value of one micro-step.
-    pub(crate) fn of(&self, memory: &SharedMemory<f32>, step: usize) -> f32 {
+    pub(crate) fn of(&self, memory: &Region<f32>, step: usize) -> f32 {
         match self {
             PerStep::Lane(own) => plane_shuffle(*own, step as u32),
             PerStep::Memory(first) => memory[*first + step],
@@ -90,7 +91,7 @@ impl PerStep {
     }
 
     /// The value of the lane's own.
-    fn own(&self, memory: &SharedMemory<f32>, lane: usize) -> f32 {
+    fn own(&self, memory: &Region<f32>, lane: usize) -> f32 {
         match self {
             PerStep::Lane(own) => *own,
             PerStep::Memory(first) => memory[*first + lane],
@@ -99,14 +100,14 @@ impl PerStep {
     }
 
     /// Those of two micro-steps.
-    pub(crate) fn at_rows(&self, memory: &SharedMemory<f32>, lo: usize, hi: usize) -> Vector<f32, V2> {
+    pub(crate) fn at_rows(&self, memory: &Region<f32>, lo: usize, hi: usize) -> Vector<f32, V2> {
         let mut out = Vector::<f32, V2>::cast_from(self.of(memory, lo));
         out[1] = self.of(memory, hi);
         out
     }
 
     /// Those of the columns that this lane holds of accumulator `n`.
-    pub(crate) fn at_columns(&self, memory: &SharedMemory<f32>, n: usize, lane: usize) -> Vector<f32, V2> {
+    pub(crate) fn at_columns(&self, memory: &Region<f32>, n: usize, lane: usize) -> Vector<f32, V2> {
         let first = 8 * n + 2 * (lane % 4);
         self.at_rows(memory, first, first + 1)
     }
@@ -168,7 +169,7 @@ pub(crate) fn gates_of(
 /// Puts the gates of a chunk into shared memory, from `at` on, for all planes that prepare it.
 #[cube]
 pub(crate) fn leave_gates(
-    memory: &mut SharedMemory<f32>,
+    memory: &mut Region<f32>,
     at: usize,
     gates: &Gates,
     lane: usize,
@@ -183,7 +184,7 @@ pub(crate) fn leave_gates(
 
 /// The gates that lie there.
 #[cube]
-pub(crate) fn gates_from(memory: &SharedMemory<f32>, at: usize, #[comptime] bp: Blueprint) -> Gates {
+pub(crate) fn gates_from(memory: &Region<f32>, at: usize, #[comptime] bp: Blueprint) -> Gates {
     if comptime!(bp.spec.decay == Decay::Head) {
         Gates {
             beta: PerStep::new_Memory(at),

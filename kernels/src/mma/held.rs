@@ -7,6 +7,7 @@ use cubecl::prelude::*;
 
 use super::blueprint::{BLOCK_UNITS, BLOCKS, Blueprint, CHANNELS_AT, DECAY_AT, Pass, TILE};
 use super::chunk::Target;
+use super::memory::Region;
 use super::state::Lane;
 use super::tile::{
     Acc, Frag, Mma, Tile, V2, by_columns, load, mma2, scale_columns, store, to_frag, to_parts,
@@ -15,7 +16,7 @@ use crate::spec::Decay;
 
 /// Two factors, for the columns that this unit holds of accumulator `n`.
 #[cube]
-pub(crate) fn factor_pair(factors: &SharedMemory<f32>, at: usize, n: usize, lane: usize) -> Vector<f32, V2> {
+pub(crate) fn factor_pair(factors: &Region<f32>, at: usize, n: usize, lane: usize) -> Vector<f32, V2> {
     let first = at + 8 * n + lane % 4 * 2;
     let mut out = Vector::<f32, V2>::cast_from(factors[first]);
     out[1] = factors[first + 1];
@@ -26,7 +27,7 @@ pub(crate) fn factor_pair(factors: &SharedMemory<f32>, at: usize, n: usize, lane
 #[cube]
 pub(crate) fn scale_pair(
     x: &mut Sequence<Acc>,
-    factors: &SharedMemory<f32>,
+    factors: &Region<f32>,
     at: usize,
     #[comptime] j: usize,
     #[comptime] per: usize,
@@ -163,7 +164,7 @@ fn push_step<F: Float>(
 pub(crate) fn read_state<F: Float>(
     mma: &Mma<F>,
     tile: &Tile<F>,
-    factors: &SharedMemory<f32>,
+    factors: &Region<f32>,
     state: &mut Sequence<Acc>,
     reading: &mut Reading<F>,
     x: &mut Sequence<Acc>,
@@ -251,7 +252,7 @@ pub(crate) fn read_queries<F: Float>(
 
 /// The decay of the whole chunk, if it is one for all channels.
 #[cube]
-fn whole_decay(factors: &SharedMemory<f32>, from: Target, #[comptime] bp: Blueprint) -> Vector<f32, V2> {
+fn whole_decay(factors: &Region<f32>, from: Target, #[comptime] bp: Blueprint) -> Vector<f32, V2> {
     if comptime!(bp.spec.decay == Decay::Head) {
         Vector::cast_from(factors[from.factors + DECAY_AT])
     } else {
@@ -263,7 +264,7 @@ fn whole_decay(factors: &SharedMemory<f32>, from: Target, #[comptime] bp: Bluepr
 #[cube]
 fn decay_step(
     state: &mut Sequence<Acc>,
-    factors: &SharedMemory<f32>,
+    factors: &Region<f32>,
     whole: Vector<f32, V2>,
     from: Target,
     lane: usize,

@@ -2,29 +2,20 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{BLOCK_UNITS, BLOCKS, Blueprint, ERASE_AT, TILE, WRITE_AT};
+use super::blueprint::{BLOCK_UNITS, Blueprint, ERASE_AT, TILE, WRITE_AT};
 use super::chunk::Target;
 use super::gates::Gates;
+use super::memory::Region;
 use super::tile::{Tile, V2, V4, V8, in_block};
 use crate::known::known_and;
-
-/// Scratch for the leaves of as many chunks at a time.
-#[cube]
-pub(crate) fn new_leaves(
-    #[comptime] chunks: usize,
-    #[comptime] bp: Blueprint,
-) -> SharedMemory<Vector<f32, V2>> {
-    let pairs = comptime!(chunks * BLOCKS * bp.leaf_pairs());
-    SharedMemory::<Vector<f32, V2>>::new_aligned(pairs, comptime!(4 * bp.leaf_width()))
-}
 
 /// Leaves row `row` of T, or for the backward of the inverse alone, and the factors of that micro-step, if this unit
 /// `works`.
 #[cube]
 pub(crate) fn leave_inverse<F: Float>(
     tile: &mut Tile<F>,
-    factors: &mut SharedMemory<f32>,
-    leaves: &SharedMemory<Vector<f32, V2>>,
+    factors: &mut Region<f32>,
+    leaves: &Region<Vector<f32, V2>>,
     gates: &Gates,
     rho: f32,
     to: Target,
@@ -75,7 +66,7 @@ pub(crate) fn leave_inverse<F: Float>(
 /// Row `i` of $(I + L)^{-1}$ by substitution from the right: $t_j = \delta_{ij} - \sum_{m>j} t_m L_{mj}$.
 #[cube]
 fn invert_row(
-    leaves: &SharedMemory<Vector<f32, V2>>,
+    leaves: &Region<Vector<f32, V2>>,
     leaf: usize,
     i: usize,
     #[comptime] bp: Blueprint,
@@ -108,7 +99,7 @@ fn invert_row(
 /// The pairs at `at` of a leaf, as many as are read at a time.
 #[cube]
 fn read_leaf(
-    leaves: &SharedMemory<Vector<f32, V2>>,
+    leaves: &Region<Vector<f32, V2>>,
     leaf: usize,
     #[comptime] at: usize,
     #[comptime] bp: Blueprint,
@@ -117,7 +108,7 @@ fn read_leaf(
     if comptime!(bp.leaf_width() == 2) {
         pairs.push(leaves[leaf + at]);
     } else {
-        let fours = leaves.slice(0usize, leaves.len()).with_vector_size::<V4>();
+        let fours = leaves.reinterpret::<Vector<f32, V4>>();
         let four = fours[leaf / 2 + comptime!(at / 2)];
         #[unroll]
         for i in 0..2usize {

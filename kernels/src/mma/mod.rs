@@ -36,6 +36,7 @@ pub mod gradients;
 mod gram;
 mod held;
 mod inverse;
+mod memory;
 mod parcel;
 mod planes;
 pub mod prepare;
@@ -51,22 +52,17 @@ pub use blueprint::{Blueprint, CHUNK, Pass, TILE};
 use cubecl::prelude::*;
 
 use crate::known::{known_and, known_or};
+use crate::order::declare_in_order;
 use crate::tensors::{Gating, States};
 use arguments::{Records, Rows, Sizes};
 use beside::prepare_chunks;
 use fetch::fetch_chunks;
-use inverse::new_leaves;
+use memory::{new_tile, region};
 use planes::Fetcher;
 use scan::scan_chunks;
-use stage::{new_aside, place_of_cube, place_of_segment, set_aside, take_back};
+use stage::{place_of_cube, place_of_segment, set_aside, take_back};
 use state::{Lane, load_state, store_state};
-use tile::{Mma, Tile};
-
-/// What the units of a cube share.
-#[cube]
-fn new_factors(#[comptime] stages: usize, #[comptime] bp: Blueprint) -> SharedMemory<f32> {
-    SharedMemory::<f32>::new(comptime!(stages * bp.factors()))
-}
+use tile::{Mma, V2};
 
 /// Computes o and the final state.
 ///
@@ -104,10 +100,11 @@ pub fn forward<F: Float, B: Float, G: Float>(
         place_of_cube(table, CUBE_POS, sizes, bp)
     };
 
-    let mut tile = Tile::<F>::new_aligned(comptime!(bp.units_of_memory()), 128usize);
-    let mut factors = new_factors(comptime!(bp.stages()), bp);
-    let mut leaves = new_leaves(1usize, bp);
-    let mut aside = new_aside();
+    let regions = comptime!(bp.forward_regions());
+    let mut tile = new_tile::<F>(comptime!(regions.units));
+    let mut factors = region::<F, f32>(&tile, comptime!(regions.at[1]));
+    let mut aside = region::<F, u32>(&tile, comptime!(regions.at[2]));
+    let mut leaves = region::<F, Vector<f32, V2>>(&tile, comptime!(regions.at[3]));
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
     let lane = (UNIT_POS_X % 32) as usize;
     let plane = (UNIT_POS_X / 32) as usize;
@@ -156,4 +153,5 @@ pub fn forward<F: Float, B: Float, G: Float>(
             );
         }
     }
+    declare_in_order();
 }

@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::arguments::{Records, Rows};
 use super::blueprint::{Blueprint, CHUNK, Pass};
+use super::memory::Region;
 use super::stage::{
     Part, Place, Source, block_rows, decayed_key_rows, key_rows, keys_of, least, queries_of, query_rows,
     turn, value_rows,
@@ -105,7 +106,7 @@ pub(crate) fn send<F: Float>(
 pub(crate) fn put<F: Float>(
     parcel: &Parcel,
     to: &mut Tile<F>,
-    factors: &mut SharedMemory<f32>,
+    factors: &mut Region<f32>,
     stage: usize,
     unit: usize,
     #[comptime] bp: Blueprint,
@@ -121,7 +122,7 @@ pub(crate) fn put<F: Float>(
 pub(crate) fn put_and_send<F: Float>(
     parcel: &mut Parcel,
     to: &mut Tile<F>,
-    factors: &mut SharedMemory<f32>,
+    factors: &mut Region<f32>,
     stage: usize,
     q: &Rows<F>,
     k: &Rows<F>,
@@ -191,7 +192,7 @@ fn send_piece<F: Float>(
 fn put_piece<F: Float>(
     parcel: &Parcel,
     to: &mut Tile<F>,
-    factors: &mut SharedMemory<f32>,
+    factors: &mut Region<f32>,
     stage: usize,
     unit: usize,
     #[comptime] piece: Piece,
@@ -232,7 +233,7 @@ fn fetch_floats(
 #[cube]
 fn put_floats(
     parcel: &Parcel,
-    factors: &mut SharedMemory<f32>,
+    factors: &mut Region<f32>,
     stage: usize,
     unit: usize,
     #[comptime] bp: Blueprint,

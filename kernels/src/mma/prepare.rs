@@ -4,14 +4,14 @@ use cubecl::prelude::*;
 
 use super::arguments::{Records, Rows, Sizes};
 use super::blueprint::{BLOCK_UNITS, Blueprint, PREPARE_PLANES};
-use super::channel::{Partial, SEEN_UNITS, Slice, leave_levels, leave_rows, read_share};
+use super::channel::{Partial, Slice, leave_levels, leave_rows, read_share};
 use super::chunk::{Target, finish, finish_all};
 use super::gates::{Raw, gates_of, read_beta, read_gates};
 use super::gram::products_of_chunk;
-use super::inverse::new_leaves;
-use super::new_factors;
+use super::memory::{Region, new_tile, region};
 use super::stage::{Place, place_of};
-use super::tile::{Mma, Tile, V4};
+use super::tile::{Mma, V2, V4};
+use crate::order::declare_in_order;
 use crate::tensors::Gating;
 
 /// Chunk `id / heads` of all sequences and head `id % heads`: its place, and which chunk of its sequence it is.
@@ -57,9 +57,10 @@ pub fn prepare<F: Float, B: Float, G: Float>(
         terminate!();
     }
     let (place, c) = place_of_record(table, id, sizes, chunks, bp);
-    let mut tile = Tile::<F>::new_aligned(comptime!(bp.prepared_blocks()), 128usize);
-    let mut factors = new_factors(PREPARE_PLANES, bp);
-    let mut leaves = new_leaves(PREPARE_PLANES, bp);
+    let regions = comptime!(bp.prepare_regions());
+    let mut tile = new_tile::<F>(comptime!(regions.units));
+    let mut factors = region::<F, f32>(&tile, comptime!(regions.at[1]));
+    let mut leaves = region::<F, Vector<f32, V2>>(&tile, comptime!(regions.at[2]));
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
 
     let products = products_of_chunk::<F>(&mma, q, k, &place, c, lane, bp);
@@ -76,6 +77,7 @@ pub fn prepare<F: Float, B: Float, G: Float>(
             tile[to.blocks + comptime!(i * BLOCK_UNITS) + lane];
     }
     leave_factors(&factors, to, &mut records.factors, id, lane, 32usize, bp);
+    declare_in_order();
 }
 
 /// The same for gates per channel, a cube for each chunk and head: rows decayed to the start and the end of their chunk are
@@ -98,11 +100,11 @@ pub fn prepare_by_channel<F: Float, B: Float, G: Float>(
         terminate!();
     }
     let (place, c) = place_of_record(table, id, sizes, chunks, bp);
-    let mut tile =
-        Tile::<F>::new_aligned(comptime!(bp.prepared_blocks() + SEEN_UNITS * bp.slices()), 128usize);
-    let mut factors = new_factors(1usize, bp);
-    let mut leaves = new_leaves(1usize, bp);
-    let mut partial = Partial::new(bp);
+    let regions = comptime!(bp.prepare_by_channel_regions());
+    let mut tile = new_tile::<F>(comptime!(regions.units));
+    let mut factors = region::<F, f32>(&tile, comptime!(regions.at[1]));
+    let mut leaves = region::<F, Vector<f32, V2>>(&tile, comptime!(regions.at[2]));
+    let mut partial = Partial::new::<F>(&tile, regions);
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
     let unit = UNIT_POS_X;
     let (lane, plane) = (unit % 32, unit / 32);
@@ -160,12 +162,13 @@ pub fn prepare_by_channel<F: Float, B: Float, G: Float>(
         }
     }
     leave_factors(&factors, to, &mut records.factors, id, unit as usize, bp.prepare_units(), bp);
+    declare_in_order();
 }
 
 /// Copies the factors of a chunk to record `id`, by as many units.
 #[cube]
 fn leave_factors(
-    factors: &SharedMemory<f32>,
+    factors: &Region<f32>,
     from: Target,
     record_factors: &mut Array<f32>,
     id: u32,

@@ -9,6 +9,7 @@ use super::held::{
     Reading, add_rows, begin_reading, factor_pair, multiply_leaf, read_queries, read_state, scale_pair,
     send_for_rows, store_rows_of,
 };
+use super::memory::Region;
 use super::stage::{Place, Turn};
 use super::state::Lane;
 use super::tile::{
@@ -22,7 +23,7 @@ use crate::spec::Decay;
 fn writes<F: Float>(
     mma: &Mma<F>,
     tile: &mut Tile<F>,
-    factors: &SharedMemory<f32>,
+    factors: &Region<f32>,
     x: &mut Sequence<Acc>,
     turn: Turn,
     at: Lane,
@@ -95,7 +96,7 @@ fn residual<F: Float>(x: &mut Acc, v_lo: Vector<F, V2>, v_hi: Vector<F, V2>, by:
 fn read_writes<F: Float>(
     mma: &Mma<F>,
     tile: &mut Tile<F>,
-    factors: &SharedMemory<f32>,
+    factors: &Region<f32>,
     n: &Sequence<Acc>,
     o: &mut Sequence<Acc>,
     turn: Turn,
@@ -132,7 +133,7 @@ fn read_writes<F: Float>(
 fn update<F: Float>(
     mma: &Mma<F>,
     tile: &Tile<F>,
-    factors: &SharedMemory<f32>,
+    factors: &Region<f32>,
     state: &mut Sequence<Acc>,
     n: &mut Sequence<Acc>,
     turn: Turn,
@@ -170,7 +171,7 @@ fn update<F: Float>(
 pub(crate) fn scan_chunk<F: Float>(
     mma: &Mma<F>,
     tile: &mut Tile<F>,
-    factors: &SharedMemory<f32>,
+    factors: &Region<f32>,
     state: &mut Sequence<Acc>,
     mut reading: Reading<F>,
     turn: Turn,
@@ -196,7 +197,7 @@ pub(crate) fn scan_chunk<F: Float>(
 pub(crate) fn scan_chunks<F: Float>(
     mma: &Mma<F>,
     tile: &mut Tile<F>,
-    factors: &SharedMemory<f32>,
+    factors: &Region<f32>,
     state: &mut Sequence<Acc>,
     place: &Place,
     at: Lane,

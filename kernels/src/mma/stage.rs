@@ -3,8 +3,9 @@
 use cubecl::prelude::*;
 
 use super::arguments::{Rows, Sizes};
-use super::blueprint::{ASIDE, BLOCK_UNITS, Blueprint, CHUNK, Pass, TILE};
+use super::blueprint::{BLOCK_UNITS, Blueprint, CHUNK, Pass, TILE};
 use super::chunk::Target;
+use super::memory::Region;
 use super::tile::{Tile, V8};
 use crate::known::known_or;
 use crate::record::{Sequence, sequence};
@@ -120,16 +121,10 @@ pub(crate) fn place_of_segment(
     place_of(table, n as usize, (hv / sizes.group) as usize, hv as usize, v0, sizes, transfer, bp)
 }
 
-/// Where those words of a place lie that are wanted again when the scan is over. Registers that its loop has no use for are
-/// what `ptxas` spills to make room for one more cube.
+/// Sets those words of a place aside that are wanted again when the scan is over, for all planes that pass a barrier before
+/// they take them back. Registers that its loop has no use for are what `ptxas` spills to make room for one more cube.
 #[cube]
-pub(crate) fn new_aside() -> SharedMemory<u32> {
-    SharedMemory::<u32>::new(ASIDE)
-}
-
-/// Sets these words aside for all planes that pass a barrier before they take them back.
-#[cube]
-pub(crate) fn set_aside(aside: &mut SharedMemory<u32>, place: &Place) {
+pub(crate) fn set_aside(aside: &mut Region<u32>, place: &Place) {
     if UNIT_POS_X == 0 {
         aside[0] = place.n as u32;
         aside[1] = place.hv as u32;
@@ -139,7 +134,7 @@ pub(crate) fn set_aside(aside: &mut SharedMemory<u32>, place: &Place) {
 
 /// The place as it was.
 #[cube]
-pub(crate) fn take_back(aside: &SharedMemory<u32>, place: &Place) -> Place {
+pub(crate) fn take_back(aside: &Region<u32>, place: &Place) -> Place {
     let mut place = *place;
     place.n = aside[0] as usize;
     place.hv = aside[1] as usize;

@@ -11,13 +11,14 @@ use super::arguments::{Kept, Records, Rows, Sizes};
 use super::blueprint::{Blueprint, Pass};
 use super::fetch::fetch_chunks;
 use super::held::begin_reading;
-use super::new_factors;
+use super::memory::{Region, new_tile, region};
 use super::planes::Fetcher;
 use super::scan::scan_chunk;
-use super::stage::{Place, Turn, new_aside, place_of_cube, set_aside, take_back};
+use super::stage::{Place, Turn, place_of_cube, set_aside, take_back};
 use super::state::{Lane, keep_state, load_state, store_state};
 use super::tile::{Mma, Tile, V8};
 use super::unwind::unwind_chunk;
+use crate::order::declare_in_order;
 use crate::tensors::{States, Strides};
 
 /// Chunks from one state that is kept to the next.
@@ -61,9 +62,10 @@ pub fn sweep<F: Float>(
     let place = place_of_cube(table, CUBE_POS % each, sizes, bp);
     let replay = comptime!(bp.directed(Pass::Replay, bp.spec.has_initial_state));
     let unwind = comptime!(bp.directed(Pass::Unwind, has_d_final_state));
-    let mut tile = Tile::<F>::new_aligned(comptime!(bp.sweep_memory()), 128usize);
-    let mut factors = new_factors(comptime!(bp.stages()), unwind);
-    let mut aside = new_aside();
+    let regions = comptime!(bp.sweep_regions());
+    let mut tile = new_tile::<F>(comptime!(regions.units));
+    let mut factors = region::<F, f32>(&tile, comptime!(regions.at[1]));
+    let mut aside = region::<F, u32>(&tile, comptime!(regions.at[2]));
     if CUBE_POS < each {
         walk::<F>(
             q,
@@ -99,6 +101,7 @@ pub fn sweep<F: Float>(
             replay,
         );
     }
+    declare_in_order();
 }
 
 /// One direction.
@@ -115,8 +118,8 @@ fn walk<F: Float>(
     last_state: &mut States<f32>,
     place: &Place,
     tile: &mut Tile<F>,
-    factors: &mut SharedMemory<f32>,
-    aside: &mut SharedMemory<u32>,
+    factors: &mut Region<f32>,
+    aside: &mut Region<u32>,
     #[comptime] bp: Blueprint,
 ) {
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);

@@ -16,6 +16,7 @@ use super::chunk::Target;
 use super::held::{
     Reading, add_rows, factor_pair, multiply_leaf, read_state, scale_pair, send_for_rows, store_rows_of,
 };
+use super::memory::Region;
 use super::stage::Turn;
 use super::state::Lane;
 use super::tile::{
@@ -53,7 +54,7 @@ fn output_gradients<F: Float>(
 fn add_output_gradients<F: Float>(
     mma: &Mma<F>,
     tile: &Tile<F>,
-    factors: &SharedMemory<f32>,
+    factors: &Region<f32>,
     d_state: &mut Sequence<Acc>,
     d_o: &Sequence<Frag<F>>,
     queries: usize,
@@ -80,7 +81,7 @@ fn add_output_gradients<F: Float>(
 #[cube]
 fn scale_depth<F: Float>(
     f: &Frag<F>,
-    factors: &SharedMemory<f32>,
+    factors: &Region<f32>,
     at: usize,
     #[comptime] j: usize,
     lane: usize,
@@ -123,7 +124,7 @@ fn tokens<F: Float>(x: &Sequence<Acc>, #[comptime] j: usize, #[comptime] bp: Blu
 fn value_gradients<F: Float>(
     mma: &Mma<F>,
     tile: &mut Tile<F>,
-    factors: &SharedMemory<f32>,
+    factors: &Region<f32>,
     dn: &mut Sequence<Acc>,
     dv: &mut Sequence<Acc>,
     d_o: &Sequence<Frag<F>>,
@@ -163,7 +164,7 @@ fn value_gradients<F: Float>(
 pub(crate) fn unwind_chunk<F: Float>(
     mma: &Mma<F>,
     tile: &mut Tile<F>,
-    factors: &SharedMemory<f32>,
+    factors: &Region<f32>,
     d_state: &mut Sequence<Acc>,
     mut reading: Reading<F>,
     turn: Turn,
@@ -205,7 +206,7 @@ pub(crate) fn unwind_chunk<F: Float>(
 fn erase<F: Float>(
     mma: &Mma<F>,
     tile: &Tile<F>,
-    factors: &SharedMemory<f32>,
+    factors: &Region<f32>,
     d_state: &mut Sequence<Acc>,
     dv: &mut Sequence<Acc>,
     keys: usize,

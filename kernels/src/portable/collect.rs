@@ -5,6 +5,7 @@ use cubecl::prelude::*;
 use super::blueprint::Blueprint;
 use super::chunk::chunk_of;
 use crate::math::dot;
+use crate::order::declare_in_order;
 use crate::record::{F4, load, store};
 use crate::spec::Decay;
 use crate::tensors::Strided;
@@ -94,6 +95,7 @@ pub fn collect<F: Float, N: Size>(
             c += bp.parts;
         }
     }
+    declare_in_order();
 }
 
 /// Four channels of a gradient, over the value heads of a group.
@@ -155,4 +157,5 @@ pub fn collect_constants(
     if unit == 0 {
         d_a_log[hv] = total;
     }
+    declare_in_order();
 }

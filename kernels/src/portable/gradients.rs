@@ -22,6 +22,7 @@ use super::chunk::{chunk_of, load_decays, load_qk};
 use super::rows::{Paths, Rows, between_tokens, grams, inside_token, through_states, walk_row};
 use crate::known::known_and;
 use crate::math::{beta_slope, decay_of, dot, gate_constants, gate_slopes};
+use crate::order::declare_in_order;
 use crate::record::F4;
 use crate::spec::{Decay, GateMap};
 use crate::tensors::{Gating, Strided};
@@ -300,6 +301,7 @@ pub fn gradients<F: Float, B: Float, G: Float, N: Size>(
             }
         }
     }
+    declare_in_order();
 }
 
 /// The sum of a row's parts, in their order, for the units of part 0. Ends with a barrier.

@@ -7,6 +7,7 @@ use super::blueprint::Blueprint;
 use super::stage::{Parcel, Pass, Stage, steps_of};
 use super::state::{Place, State, Sums, place_of, row};
 use crate::known::known_or;
+use crate::order::declare_in_order;
 use crate::record::{sequence, store};
 use crate::tensors::{Gating, States, Strided};
 
@@ -78,6 +79,7 @@ pub fn scan<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size, S: Size>(
         here = rows;
     }
     state.store(final_state, at, bp);
+    declare_in_order();
 }
 
 /// Micro-step `step`, `i` of those staged: S <- D S, r = v - S^T k, S <- S + beta k r^T. Returns r. There is a barrier

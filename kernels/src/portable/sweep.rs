@@ -15,6 +15,7 @@ use super::scan::advance;
 use super::stage::{Parcel, Pass, Stage, steps_of};
 use super::state::{Place, State, Sums, place_of, row, row_of};
 use crate::known::known_or;
+use crate::order::declare_in_order;
 use crate::record::{Sequence, sequence, store};
 use crate::tensors::{Gating, States, Strided};
 
@@ -98,6 +99,7 @@ pub fn sweep<F: Float, B: Float, G: Float, N: Size, M: Size, C: Size, S: Size>(
             here = rows;
         }
     }
+    declare_in_order();
 }
 
 /// The record of the chunk of a micro-step.

@@ -23,7 +23,7 @@ mod partial;
 mod rows;
 
 pub(crate) use levels::leave_levels;
-pub(crate) use partial::Partial;
+pub(crate) use partial::{Partial, partial_bytes};
 pub(crate) use rows::leave_rows;
 
 use cubecl::prelude::*;

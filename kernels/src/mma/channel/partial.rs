@@ -4,7 +4,8 @@ use cubecl::prelude::*;
 
 use super::super::blueprint::{BLOCKS, Blueprint, SLICE, TILE};
 use super::super::gram::Gram;
-use super::super::tile::{Acc, V2, V4, zeros};
+use super::super::memory::{Region, Regions, region};
+use super::super::tile::{Acc, Tile, V2, V4, zeros};
 use super::Slice;
 
 /// Units of 16 bytes in 16 x 16 sums.
@@ -18,22 +19,27 @@ const SEEN: usize = 3 * BLOCKS;
 #[derive(CubeType)]
 pub(crate) struct Partial {
     /// Slice by slice, row block by row block of [K; Q], tile by tile of keys: products.
-    sums: SharedMemory<Vector<f32, V4>>,
+    sums: Region<Vector<f32, V4>>,
     /// Slice by slice, row block by row block: squares of norms, if asked for.
-    squares: SharedMemory<f32>,
+    squares: Region<f32>,
     /// The decay of each tile of rows, in pairs of channels.
-    pub(crate) whole: SharedMemory<Vector<f32, V2>>,
+    pub(crate) whole: Region<Vector<f32, V2>>,
+}
+
+/// Bytes of each.
+pub(crate) fn partial_bytes(bp: &Blueprint) -> [usize; 3] {
+    let slices = bp.slices();
+    let squares = if bp.spec.qk_l2norm { slices * ROW_BLOCKS * TILE } else { 0 };
+    [16 * slices * SEEN * SUMS, 4 * squares, 4 * BLOCKS * slices * SLICE]
 }
 
 #[cube]
 impl Partial {
-    pub(crate) fn new(#[comptime] bp: Blueprint) -> Self {
-        let slices = comptime!(bp.slices());
-        let squares = comptime!(if bp.spec.qk_l2norm { slices * ROW_BLOCKS * TILE } else { 1 });
+    pub(crate) fn new<F: Float>(tile: &Tile<F>, #[comptime] regions: Regions<6>) -> Self {
         Partial {
-            sums: SharedMemory::new_aligned(comptime!(slices * SEEN * SUMS), 16usize),
-            squares: SharedMemory::new(squares),
-            whole: SharedMemory::new(comptime!(BLOCKS * slices * SLICE / 2)),
+            sums: region::<F, Vector<f32, V4>>(tile, comptime!(regions.at[3])),
+            squares: region::<F, f32>(tile, comptime!(regions.at[4])),
+            whole: region::<F, Vector<f32, V2>>(tile, comptime!(regions.at[5])),
         }
     }
 
@@ -67,7 +73,7 @@ impl Partial {
     /// The sums over all channels for row block `rows`, in the order of `multiply_keys`.
     pub(crate) fn gather(&self, rows: u32, lane: u32, #[comptime] bp: Blueprint) -> Gram {
         let slices = comptime!(bp.slices());
-        let sums = self.sums.slice(0usize, comptime!(slices * SEEN * SUMS)).with_vector_size::<V2>();
+        let sums = self.sums.reinterpret::<Vector<f32, V2>>();
         let row = lane / 4;
         // Odd rows are behind even ones, with halves that have changed place.
         let odd = row % 2;

@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::super::blueprint::{BLOCKS, Blueprint, CHANNELS_AT, CHUNK};
 use super::super::gram::{over_row, square};
+use super::super::memory::Region;
 use super::super::tile::{Mma, Right, Tile, V2, V8, multiply, pack, zeros};
 use super::{PAIRS, Partial, ROWS, STEPS, Share, Slice, of_step, scaled, seen_keys, whole_at};
 
@@ -15,7 +16,7 @@ pub(crate) fn leave_rows<F: Float>(
     share: &mut Share<F>,
     tile: &Tile<F>,
     partial: &mut Partial,
-    factors: &mut SharedMemory<f32>,
+    factors: &mut Region<f32>,
     records: &mut Array<Vector<F, V8>>,
     record: usize,
     at: Slice,

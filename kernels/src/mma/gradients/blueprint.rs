@@ -3,7 +3,9 @@
 use std::ops::Range;
 
 use super::super::blueprint::{BLOCK_UNITS, CHUNK, TILE};
+use super::super::memory::{Regions, UNIT_BYTES};
 use super::super::sweep::KEPT;
+use super::here::HERE_WORDS;
 use crate::spec::{Decay, Spec};
 
 /// Micro-steps of a cube: those between two kept states.
@@ -292,14 +294,17 @@ impl GradientsBlueprint {
         PRODUCTS_AT + self.planes()
     }
 
+    /// Shared memory: rows and pairs, floats, words of [`Here`](super::here::Here), and pairs on the diagonal where gates
+    /// are per channel.
+    pub(crate) fn regions(&self) -> Regions<4> {
+        let (floats, diagonals) =
+            if self.by_channel() { (self.channel_floats(), STRIPS * DIAGONAL) } else { (self.floats(), 0) };
+        Regions::new([UNIT_BYTES * self.units_of_memory(), 4 * floats, 4 * HERE_WORDS, 16 * diagonals])
+    }
+
     /// Shared memory in bytes.
     pub fn shared_memory(&self) -> usize {
-        let (diagonals, floats) = if self.by_channel() {
-            (16 * STRIPS * DIAGONAL, self.channel_floats())
-        } else {
-            (0, self.floats())
-        };
-        16 * self.units_of_memory() + diagonals + 4 * floats
+        self.regions().bytes()
     }
 
     // Floats with gates per channel: factors of rows, then what is kept of strips and channels.

@@ -6,6 +6,7 @@ use super::super::arguments::Rows;
 use super::super::sweep::KEPT;
 use super::super::tile::V8;
 use crate::known::known_and;
+use crate::order::declare_in_order;
 use crate::spec::Sources;
 
 /// Units of a cube of [`collect`](fn@collect).
@@ -44,6 +45,7 @@ pub fn collect<F: Float>(
     let per_row = per_row as usize;
     let at = out.at.at(row / per_row, row % per_row, h) / 8 + c;
     out.data[at] = Vector::cast_from(sum);
+    declare_in_order();
 }
 
 /// The gradients of `a_log` and `dt_bias`, over all blocks: one cube per head, of which `channels` (1, or K at most
@@ -102,4 +104,5 @@ pub fn collect_constants(
         }
         d_dt_bias[head * channels + unit] = sum;
     }
+    declare_in_order();
 }

@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::super::arguments::Rows;
 use super::super::blueprint::{CHUNK, TILE};
+use super::super::memory::Region;
 use super::super::tile::{Tile, V4, V8};
 use super::blueprint::{
     ALONG_KEYS_AT, ALONG_QUERIES_AT, BLOCK, GradientsBlueprint, KEY_NORMS_AT, PASSES, QUERY_NORMS_AT,
@@ -260,7 +261,7 @@ fn put<F: Float>(parcel: &Parcel, tile: &mut Tile<F>, rows: u32, unit: usize, #[
 #[cube]
 pub(crate) fn store_gradients<F: Float>(
     tile: &Tile<F>,
-    floats: &SharedMemory<f32>,
+    floats: &Region<f32>,
     q: &Rows<F>,
     k: &Rows<F>,
     dq: &mut Rows<F>,
@@ -319,7 +320,7 @@ pub(crate) fn store_gradients<F: Float>(
 #[cube]
 fn take<F: Float>(
     tile: &Tile<F>,
-    floats: &SharedMemory<f32>,
+    floats: &Region<f32>,
     x: &Array<Vector<F, V8>>,
     to: &mut Array<Vector<F, V8>>,
     x_first: usize,

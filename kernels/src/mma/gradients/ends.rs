@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::super::gates::{LOWEST, running_sum};
 use super::super::gram::over_row;
+use super::super::memory::Region;
 use super::super::tile::{Tile, V2, V8};
 use super::blueprint::{
     ALONG_KEYS_AT, ALONG_QUERIES_AT, BETAS_AT, BLOCK, DECAYS_AT, E_FACTORS_AT, GradientsBlueprint,
@@ -60,7 +61,7 @@ pub(crate) fn leave_gates(
     scale: f32,
     here: &Here,
     reads: Reads,
-    floats: &mut SharedMemory<f32>,
+    floats: &mut Region<f32>,
     plane: usize,
     lane: usize,
     #[comptime] bp: GradientsBlueprint,
@@ -105,7 +106,7 @@ pub(crate) fn leave_gates(
 
 /// Leaves ones for the reciprocal norms where there is no norm.
 #[cube]
-pub(crate) fn leave_ones(floats: &mut SharedMemory<f32>, unit: usize, #[comptime] bp: GradientsBlueprint) {
+pub(crate) fn leave_ones(floats: &mut Region<f32>, unit: usize, #[comptime] bp: GradientsBlueprint) {
     if comptime!(!bp.spec.qk_l2norm) {
         #[unroll]
         for round in 0..comptime!((2 * BLOCK).div_ceil(bp.units())) {
@@ -121,7 +122,7 @@ pub(crate) fn leave_ones(floats: &mut SharedMemory<f32>, unit: usize, #[comptime
 #[cube]
 pub(crate) fn leave_norms<F: Float>(
     tile: &Tile<F>,
-    floats: &mut SharedMemory<f32>,
+    floats: &mut Region<f32>,
     unit: usize,
     #[comptime] bp: GradientsBlueprint,
 ) {
@@ -136,7 +137,7 @@ pub(crate) fn leave_norms<F: Float>(
 #[cube]
 fn norms_of<F: Float>(
     tile: &Tile<F>,
-    floats: &mut SharedMemory<f32>,
+    floats: &mut Region<f32>,
     #[comptime] at: usize,
     #[comptime] to: usize,
     #[comptime] rows: usize,
@@ -183,7 +184,7 @@ pub(crate) fn dot8<F: Float>(x: Vector<F, V8>, y: Vector<F, V8>) -> f32 {
 #[cube]
 pub(crate) fn leave_along<F: Float>(
     tile: &Tile<F>,
-    floats: &mut SharedMemory<f32>,
+    floats: &mut Region<f32>,
     unit: usize,
     #[comptime] bp: GradientsBlueprint,
 ) {
@@ -206,7 +207,7 @@ pub(crate) fn leave_along<F: Float>(
 pub(crate) fn gradient_of_beta<F: Float, B: Float>(
     raw: &RawPair,
     tile: &Tile<F>,
-    floats: &SharedMemory<f32>,
+    floats: &Region<f32>,
     d_beta: &mut Strided<B>,
     here: &Here,
     plane: usize,
@@ -232,7 +233,7 @@ pub(crate) fn gradient_of_beta<F: Float, B: Float>(
 pub(crate) fn gradient_of_gates<F: Float, G: Float>(
     raw: &RawPair,
     tile: &Tile<F>,
-    floats: &SharedMemory<f32>,
+    floats: &Region<f32>,
     dg: &mut Strided<G>,
     constants: &mut Array<f32>,
     here: &Here,

@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::super::arguments::{InputGradients, Kept, Rows};
 use super::super::blueprint::TILE;
+use super::super::memory::{Region, new_tile, region};
 use super::super::tile::{Acc, Mma, Tile, V2, by_depth, store, to_frag, zeros};
 use super::Own;
 use super::blueprint::{
@@ -13,7 +14,7 @@ use super::copy::{load_values, put_rows, send_for_rows, store_gradients};
 use super::ends::{
     gradient_of_beta, gradient_of_gates, leave_along, leave_gates, leave_norms, leave_ones, read_block_gates,
 };
-use super::here::{HERE_WORDS, Here};
+use super::here::Here;
 use super::pairs::{Reads, add_from_behind, add_from_keys, leave_pairs};
 use super::states::{Column, Reading, leave_product, multiply_states, read_states};
 use super::sums::{Sums, along, rows_of, which};
@@ -37,9 +38,10 @@ pub(crate) fn gradients_by_head<F: Float, B: Float, G: Float>(
 ) {
     let reads = Reads { step0: here.step0, first: here.read0 };
 
-    let mut tile = Tile::<F>::new_aligned(comptime!(bp.units_of_memory()), 128usize);
-    let mut floats = SharedMemory::<f32>::new(comptime!(bp.floats()));
-    let mut words = SharedMemory::<u32>::new(HERE_WORDS);
+    let regions = comptime!(bp.regions());
+    let mut tile = new_tile::<F>(comptime!(regions.units));
+    let mut floats = region::<F, f32>(&tile, comptime!(regions.at[1]));
+    let mut words = region::<F, u32>(&tile, comptime!(regions.at[2]));
     here.leave(&mut words);
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
     let unit = UNIT_POS_X as usize;
@@ -166,7 +168,7 @@ fn finish_queries<F: Float>(
 fn finish_keys<F: Float>(
     mma: &Mma<F>,
     tile: &mut Tile<F>,
-    floats: &SharedMemory<f32>,
+    floats: &Region<f32>,
     e: &mut Sequence<Acc>,
     h: &mut Sequence<Acc>,
     sums: &mut Sums,
@@ -223,7 +225,7 @@ fn finish_keys<F: Float>(
 /// Two floats of tile `i`: those of a unit's first row and of the row 8 behind it.
 #[cube]
 fn at_rows(
-    floats: &SharedMemory<f32>,
+    floats: &Region<f32>,
     #[comptime] first: usize,
     #[comptime] i: usize,
     lane: usize,
@@ -253,7 +255,7 @@ fn leave_rows<F: Float>(
 #[cube]
 fn scale_rows(
     x: &mut Sequence<Acc>,
-    floats: &SharedMemory<f32>,
+    floats: &Region<f32>,
     #[comptime] factors: usize,
     lane: usize,
     #[comptime] span: Span,

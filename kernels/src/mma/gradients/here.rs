@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::super::arguments::Sizes;
 use super::super::blueprint::CHUNK;
+use super::super::memory::Region;
 use super::super::stage::sequence_of;
 use super::super::sweep::{KEPT, first_kept};
 use super::blueprint::{BLOCK, GradientsBlueprint};
@@ -113,7 +114,7 @@ impl Here {
     }
 
     /// Leaves all of it in shared memory, for the end of the kernel: kept, it would take registers all along.
-    pub(crate) fn leave(&self, to: &mut SharedMemory<u32>) {
+    pub(crate) fn leave(&self, to: &mut Region<u32>) {
         to[0] = self.row;
         to[1] = self.start;
         to[2] = self.step0;
@@ -128,7 +129,7 @@ impl Here {
     }
 
     /// The reverse of `leave`.
-    pub(crate) fn left(from: &SharedMemory<u32>) -> Self {
+    pub(crate) fn left(from: &Region<u32>) -> Self {
         Here {
             row: from[0],
             start: from[1],

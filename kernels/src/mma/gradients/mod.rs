@@ -30,6 +30,7 @@ use cubecl::prelude::*;
 
 use super::arguments::{InputGradients, Kept, Rows, Sizes};
 use super::tile::by_depth;
+use crate::order::declare_in_order;
 use crate::tensors::Gating;
 use channel::gradients_by_channel;
 use head::gradients_by_head;
@@ -93,6 +94,7 @@ pub fn gradients<F: Float, B: Float, G: Float>(
             bp,
         );
     }
+    declare_in_order();
 }
 
 /// A plane's place: all rows of its 16 key channels.

@@ -7,6 +7,7 @@
 use cubecl::prelude::*;
 
 use super::super::blueprint::{BLOCK_UNITS, TILE};
+use super::super::memory::Region;
 use super::super::tile::{
     Acc, Frag, Mma, Tile, V2, by_columns, by_depth, in_block, load, mma2, store, to_frag, zeros,
 };
@@ -70,7 +71,7 @@ pub(crate) fn product<F: Float>(
 pub(crate) fn leave_pairs<F: Float>(
     mma: &Mma<F>,
     tile: &mut Tile<F>,
-    floats: &SharedMemory<f32>,
+    floats: &Region<f32>,
     reads: Reads,
     scale: f32,
     plane: usize,
@@ -101,7 +102,7 @@ pub(crate) fn leave_pairs<F: Float>(
 fn leave_pair<F: Float>(
     mma: &Mma<F>,
     tile: &mut Tile<F>,
-    floats: &SharedMemory<f32>,
+    floats: &Region<f32>,
     reads: Reads,
     scale: f32,
     pair: usize,
@@ -170,7 +171,7 @@ fn leave_pair<F: Float>(
 fn leave_scaled<F: Float>(
     mma: &Mma<F>,
     tile: &mut Tile<F>,
-    floats: &SharedMemory<f32>,
+    floats: &Region<f32>,
     x: &Sequence<Acc>,
     into: usize,
     norm: usize,

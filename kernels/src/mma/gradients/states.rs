@@ -8,6 +8,7 @@ use cubecl::prelude::*;
 
 use super::super::arguments::Kept;
 use super::super::blueprint::{BLOCK_UNITS, TILE};
+use super::super::memory::Region;
 use super::super::tile::{Acc, Frag, Mma, Right, Tile, V2, V4, V8, load, mma2, multiply, unpack, zeros};
 use super::Own;
 use super::blueprint::{GradientsBlueprint, PRODUCTS_AT, Span};
@@ -211,7 +212,7 @@ pub(crate) fn multiply_states<F: Float>(
 
 /// Leaves the plane's share of the sum of S . dS.
 #[cube]
-pub(crate) fn leave_product(floats: &mut SharedMemory<f32>, product: f32, own: Own) {
+pub(crate) fn leave_product(floats: &mut Region<f32>, product: f32, own: Own) {
     let sum = plane_sum(product);
     if own.lane == 0 {
         floats[PRODUCTS_AT + own.plane] = sum;
@@ -221,7 +222,7 @@ pub(crate) fn leave_product(floats: &mut SharedMemory<f32>, product: f32, own: O
 /// Leaves the products of the states channel by channel, of every second value step.
 #[cube]
 pub(crate) fn multiply_channels<F: Float>(
-    floats: &mut SharedMemory<f32>,
+    floats: &mut Region<f32>,
     kept: &Kept<F>,
     from: Column,
     own: Own,

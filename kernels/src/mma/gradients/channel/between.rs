@@ -7,6 +7,7 @@ use cubecl::prelude::*;
 
 use super::super::super::blueprint::{BLOCK_UNITS, TILE};
 use super::super::super::held::factor_pair;
+use super::super::super::memory::Region;
 use super::super::super::tile::{Acc, Mma, Right, Tile, V2, V4, in_block, load, multiply, store, to_frag};
 use super::super::Own;
 use super::super::blueprint::{DIAGONAL, GradientsBlueprint, PAIR, STEP_PAIRS, STRIP, TILES};
@@ -21,7 +22,7 @@ const HALF: usize = TILES / 2;
 pub(crate) fn leave_pairs<F: Float>(
     mma: &Mma<F>,
     tile: &mut Tile<F>,
-    diagonals: &mut SharedMemory<Vector<f32, V4>>,
+    diagonals: &mut Region<Vector<f32, V4>>,
     plane: usize,
     lane: usize,
     #[comptime] bp: GradientsBlueprint,
@@ -40,7 +41,7 @@ pub(crate) fn leave_pairs<F: Float>(
 fn leave_pair<F: Float>(
     mma: &Mma<F>,
     tile: &mut Tile<F>,
-    diagonals: &mut SharedMemory<Vector<f32, V4>>,
+    diagonals: &mut Region<Vector<f32, V4>>,
     pair: usize,
     lane: usize,
     #[comptime] bp: GradientsBlueprint,
@@ -89,7 +90,7 @@ fn keep_between_strips(block: &mut Sequence<Acc>) {
 /// The decays over both strips of tile `t`, in the columns of both accumulators of a tile.
 #[cube]
 fn decays_of(
-    floats: &SharedMemory<f32>,
+    floats: &Region<f32>,
     t: u32,
     own: Own,
     #[comptime] bp: GradientsBlueprint,
@@ -174,7 +175,7 @@ fn row_of_pairs(i: u32, #[comptime] bp: GradientsBlueprint) -> usize {
 pub(crate) fn add_from_keys<F: Float>(
     mma: &Mma<F>,
     tile: &Tile<F>,
-    floats: &SharedMemory<f32>,
+    floats: &Region<f32>,
     dq: &mut Sequence<Acc>,
     e: &mut Sequence<Acc>,
     own: Own,
@@ -212,7 +213,7 @@ pub(crate) fn add_from_keys<F: Float>(
 pub(crate) fn add_from_behind<F: Float>(
     mma: &Mma<F>,
     tile: &Tile<F>,
-    floats: &SharedMemory<f32>,
+    floats: &Region<f32>,
     h: &mut Sequence<Acc>,
     through: &mut Sequence<Acc>,
     own: Own,

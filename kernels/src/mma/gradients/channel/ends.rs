@@ -2,6 +2,7 @@
 
 use cubecl::prelude::*;
 
+use super::super::super::memory::Region;
 use super::super::blueprint::{BLOCK, GradientsBlueprint, KEY_NORMS_AT, TILES};
 use super::super::here::Here;
 use super::operands::{is_channel, place_of};
@@ -16,7 +17,7 @@ pub(crate) fn gradient_of_beta<B: Float>(
     beta: &Strided<B>,
     d_beta: &mut Strided<B>,
     here: &Here,
-    floats: &SharedMemory<f32>,
+    floats: &Region<f32>,
     unit: usize,
     #[comptime] bp: GradientsBlueprint,
 ) {
@@ -36,7 +37,7 @@ pub(crate) fn leave_constants(
     by_a_log: f32,
     by_bias: f32,
     constants: &mut Array<f32>,
-    floats: &mut SharedMemory<f32>,
+    floats: &mut Region<f32>,
     unit: usize,
     #[comptime] bp: GradientsBlueprint,
 ) {

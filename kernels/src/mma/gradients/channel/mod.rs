@@ -23,11 +23,12 @@ use cubecl::prelude::*;
 
 use super::super::arguments::{InputGradients, Kept, Rows};
 use super::super::blueprint::TILE;
-use super::super::tile::{Mma, Tile, V4, by_depth, zeros};
+use super::super::memory::{new_tile, region};
+use super::super::tile::{Mma, V4, by_depth, zeros};
 use super::Own;
-use super::blueprint::{DIAGONAL, GradientsBlueprint, STRIP, STRIPS, TILES};
+use super::blueprint::{GradientsBlueprint, STRIP, TILES};
 use super::copy::{load_values, put_rows, put_values, send_for_rows, send_for_values};
-use super::here::{HERE_WORDS, Here};
+use super::here::Here;
 use super::states::{Column, Reading, multiply_channels, read_states};
 use crate::tensors::Gating;
 use between::{add_from_behind, add_from_keys, leave_pairs, leave_sums};
@@ -55,10 +56,11 @@ pub(crate) fn gradients_by_channel<F: Float, B: Float, G: Float>(
     scale: f32,
     #[comptime] bp: GradientsBlueprint,
 ) {
-    let mut tile = Tile::<F>::new_aligned(comptime!(bp.units_of_memory()), 128usize);
-    let mut diagonals = SharedMemory::<Vector<f32, V4>>::new(comptime!(STRIPS * DIAGONAL));
-    let mut floats = SharedMemory::<f32>::new_aligned(comptime!(bp.channel_floats()), 16usize);
-    let mut words = SharedMemory::<u32>::new(HERE_WORDS);
+    let regions = comptime!(bp.regions());
+    let mut tile = new_tile::<F>(comptime!(regions.units));
+    let mut floats = region::<F, f32>(&tile, comptime!(regions.at[1]));
+    let mut words = region::<F, u32>(&tile, comptime!(regions.at[2]));
+    let mut diagonals = region::<F, Vector<f32, V4>>(&tile, comptime!(regions.at[3]));
     here.leave(&mut words);
     let mma = Mma::<F>::new(16usize, 8usize, 16usize);
     // Of this index the compiler knows a bound, so that what is added to it becomes part of addresses.

@@ -4,6 +4,7 @@
 use cubecl::prelude::*;
 
 use super::super::super::blueprint::{CHUNK, ERASE_AT, READ_AT, TILE};
+use super::super::super::memory::Region;
 use super::super::super::tile::{Tile, V2, V4};
 use super::super::blueprint::{
     BETAS_AT, BLOCK, GradientsBlueprint, KEY_NORMS_AT, READ_NORMS_AT, READS_AT, STRIP, TILES, WRITES_AT,
@@ -136,14 +137,12 @@ fn sum_at(which: usize, r: usize, bp: GradientsBlueprint) -> usize {
 /// Of the factors of rows at `at`, those of row `r` of a strip and the three beside it.
 #[cube]
 pub(crate) fn four_of(
-    floats: &SharedMemory<f32>,
+    floats: &Region<f32>,
     strip: u32,
     #[comptime] at: usize,
     #[comptime] r: usize,
-    #[comptime] bp: GradientsBlueprint,
 ) -> Vector<f32, V4> {
-    let all = floats.slice(0usize, comptime!(bp.channel_floats()));
-    let fours = all.into_vectorized().with_vector_size::<V4>();
+    let fours = floats.reinterpret::<Vector<f32, V4>>();
     fours[(strip * comptime!(STRIP as u32 / 4)) as usize + comptime!((at + r) / 4)]
 }
 
@@ -202,7 +201,7 @@ pub(crate) fn leave_row_factors<B: Float>(
     here: &Here,
     record_floats: u32,
     scale: f32,
-    floats: &mut SharedMemory<f32>,
+    floats: &mut Region<f32>,
     unit: usize,
     #[comptime] bp: GradientsBlueprint,
 ) {
@@ -232,7 +231,7 @@ pub(crate) fn leave_operands<F: Float, B: Float, G: Float>(
     gating: &Gating<B, G>,
     here: &Here,
     tile: &mut Tile<F>,
-    floats: &mut SharedMemory<f32>,
+    floats: &mut Region<f32>,
     unit: usize,
     #[comptime] bp: GradientsBlueprint,
 ) {
@@ -247,13 +246,13 @@ pub(crate) fn leave_operands<F: Float, B: Float, G: Float>(
         let own = Channel::new(strip, d, bp);
         let mut from_start = 1.0f32;
         let mut to_end = 1.0f32;
-        let mut reads = four_of(floats, strip, READS_AT, 0usize, bp);
-        let mut norms = four_of(floats, strip, KEY_NORMS_AT, 0usize, bp);
+        let mut reads = four_of(floats, strip, READS_AT, 0usize);
+        let mut norms = four_of(floats, strip, KEY_NORMS_AT, 0usize);
         #[unroll]
         for r in 0..STRIP {
             if comptime!(r == 4) {
-                reads = four_of(floats, strip, READS_AT, r, bp);
-                norms = four_of(floats, strip, KEY_NORMS_AT, r, bp);
+                reads = four_of(floats, strip, READS_AT, r);
+                norms = four_of(floats, strip, KEY_NORMS_AT, r);
             }
             from_start *= decays[r];
             let q = own.element::<F>(tile, bp.raw_queries_at(), r, bp) * reads[comptime!(r % 4)];
@@ -262,12 +261,12 @@ pub(crate) fn leave_operands<F: Float, B: Float, G: Float>(
             own.put_element::<F>(tile, 0usize, r, q * from_start, bp);
             own.put_element::<F>(tile, bp.k_at(), r, less_k * from_start, bp);
         }
-        let mut writes = four_of(floats, strip, WRITES_AT, 4usize, bp);
+        let mut writes = four_of(floats, strip, WRITES_AT, 4usize);
         #[unroll]
         for down in 0..STRIP {
             let r = comptime!(STRIP - 1 - down);
             if comptime!(r == 3) {
-                writes = four_of(floats, strip, WRITES_AT, r, bp);
+                writes = four_of(floats, strip, WRITES_AT, r);
             }
             let k = own.element::<F>(tile, bp.raw_keys_at(), r, bp) * writes[comptime!(r % 4)];
             own.put_element::<F>(tile, bp.keys_to_end_at(), r, k * to_end, bp);

@@ -3,6 +3,7 @@
 use cubecl::prelude::*;
 
 use super::super::super::arguments::InputGradients;
+use super::super::super::memory::Region;
 use super::super::super::tile::Tile;
 use super::super::blueprint::{GradientsBlueprint, KEY_NORMS_AT, READ_NORMS_AT, READS_AT, STRIP, STRIPS};
 use super::super::here::Here;
@@ -17,7 +18,7 @@ use crate::tensors::Gating;
 /// What the state and other strips add to all gates of a tile's last strip; and as if it were one of these, what that strip
 /// adds to gates behind it.
 #[cube]
-fn from_others(floats: &SharedMemory<f32>, last: u32, d: u32, #[comptime] bp: GradientsBlueprint) -> f32 {
+fn from_others(floats: &Region<f32>, last: u32, d: u32, #[comptime] bp: GradientsBlueprint) -> f32 {
     let channels = comptime!(bp.channels());
     let channel = d as usize;
     let mut sum = floats[comptime!(bp.products_at()) + channel]
@@ -40,9 +41,9 @@ fn from_others(floats: &SharedMemory<f32>, last: u32, d: u32, #[comptime] bp: Gr
 pub(crate) fn store_gradients<F: Float, B: Float, G: Float>(
     gating: &Gating<B, G>,
     to: &mut InputGradients<F, B, G>,
-    words: &SharedMemory<u32>,
+    words: &Region<u32>,
     tile: &Tile<F>,
-    floats: &SharedMemory<f32>,
+    floats: &Region<f32>,
     unit: usize,
     #[comptime] bp: GradientsBlueprint,
 ) -> (f32, f32) {
@@ -63,7 +64,7 @@ pub(crate) fn store_gradients<F: Float, B: Float, G: Float>(
         let strip = last - s;
         read_gates::<G>(&mut raw, &gating.g, &here, strip, d, bp);
         rest -= floats[comptime!(bp.earlier_at()) + index_of(strip, d, bp)];
-        let mut reads = four_of(floats, strip, READS_AT, 4usize, bp);
+        let mut reads = four_of(floats, strip, READS_AT, 4usize);
         let own = Channel::new(strip, d, bp);
         let rows = (strip * comptime!(STRIP as u32)) as usize;
         let step = here.step(0u32, 1usize) + rows;
@@ -74,7 +75,7 @@ pub(crate) fn store_gradients<F: Float, B: Float, G: Float>(
         for down in 0..STRIP {
             let r = comptime!(STRIP - 1 - down);
             if comptime!(r == 3) {
-                reads = four_of(floats, strip, READS_AT, r, bp);
+                reads = four_of(floats, strip, READS_AT, r);
             }
             rest += own.get::<F>(tile, ENDS, r, bp);
             if is_channel(d, bp) && rows as u32 + comptime!(r as u32) < here.steps {

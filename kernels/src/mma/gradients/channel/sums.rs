@@ -2,6 +2,7 @@
 
 use cubecl::prelude::*;
 
+use super::super::super::memory::Region;
 use super::super::blueprint::{GradientsBlueprint, STRIP};
 use super::operands::{index_of, is_channel};
 
@@ -18,7 +19,7 @@ const SHARE: usize = 32 / STRIP;
 #[cube]
 pub(crate) fn leave_row_sums(
     sums: &mut Array<f32>,
-    floats: &mut SharedMemory<f32>,
+    floats: &mut Region<f32>,
     strip: u32,
     d: u32,
     #[comptime] which: usize,
@@ -55,7 +56,7 @@ pub(crate) fn leave_row_sums(
 /// The sum of a row over all channels.
 #[cube]
 pub(crate) fn row_sum(
-    floats: &SharedMemory<f32>,
+    floats: &Region<f32>,
     row: usize,
     #[comptime] which: usize,
     #[comptime] bp: GradientsBlueprint,

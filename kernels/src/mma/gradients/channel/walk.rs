@@ -2,6 +2,7 @@
 
 use cubecl::prelude::*;
 
+use super::super::super::memory::Region;
 use super::super::super::tile::Tile;
 use super::super::blueprint::{
     BETAS_AT, DIAGONAL, GradientsBlueprint, KEY_NORMS_AT, READS_AT, STRIP, WRITES_AT,
@@ -25,10 +26,10 @@ pub(crate) const ENDS: usize = 3;
 #[cube]
 pub(crate) fn walk_strips<F: Float, B: Float, G: Float>(
     gating: &Gating<B, G>,
-    words: &SharedMemory<u32>,
+    words: &Region<u32>,
     tile: &mut Tile<F>,
-    diagonals: &SharedMemory<Vector<f32, V4>>,
-    floats: &mut SharedMemory<f32>,
+    diagonals: &Region<Vector<f32, V4>>,
+    floats: &mut Region<f32>,
     unit: usize,
     #[comptime] bp: GradientsBlueprint,
 ) {
@@ -46,8 +47,8 @@ fn walk_strip<F: Float, B: Float, G: Float>(
     gating: &Gating<B, G>,
     here: &Here,
     tile: &mut Tile<F>,
-    diagonals: &SharedMemory<Vector<f32, V4>>,
-    floats: &mut SharedMemory<f32>,
+    diagonals: &Region<Vector<f32, V4>>,
+    floats: &mut Region<f32>,
     strip: u32,
     d: u32,
     #[comptime] bp: GradientsBlueprint,
@@ -65,7 +66,7 @@ fn walk_strip<F: Float, B: Float, G: Float>(
     let mut h = Array::<f32>::new(STRIP);
     let mut ends = Array::<f32>::new(STRIP);
     let mut flows = Array::<f32>::new(STRIP);
-    let mut writes = four_of(floats, strip, WRITES_AT, 4usize, bp);
+    let mut writes = four_of(floats, strip, WRITES_AT, 4usize);
     let mut to_end = 1.0f32;
     let mut into_ends = 0.0f32;
     let mut into_strips = 0.0f32;
@@ -73,7 +74,7 @@ fn walk_strip<F: Float, B: Float, G: Float>(
     for down in 0..STRIP {
         let r = comptime!(STRIP - 1 - down);
         if comptime!(r == 3) {
-            writes = four_of(floats, strip, WRITES_AT, r, bp);
+            writes = four_of(floats, strip, WRITES_AT, r);
         }
         k[r] = own.element::<F>(tile, keys, r, bp);
         written[r] = k[r] * writes[comptime!(r % 4)];
@@ -88,8 +89,8 @@ fn walk_strip<F: Float, B: Float, G: Float>(
         to_end *= decays[r];
     }
 
-    let mut reads = four_of(floats, strip, READS_AT, 0usize, bp);
-    let mut norms = four_of(floats, strip, KEY_NORMS_AT, 0usize, bp);
+    let mut reads = four_of(floats, strip, READS_AT, 0usize);
+    let mut norms = four_of(floats, strip, KEY_NORMS_AT, 0usize);
     // Of the sums of dg, what row r adds to gates at or before it, and what rows before it have added to those behind.
     let mut later = Array::<f32>::new(STRIP);
     let mut less_e = Array::<f32>::new(STRIP);
@@ -100,8 +101,8 @@ fn walk_strip<F: Float, B: Float, G: Float>(
         // Nothing of the next rows is to be read ahead: it would take registers.
         sync_plane();
         if comptime!(i == 4) {
-            reads = four_of(floats, strip, READS_AT, i, bp);
-            norms = four_of(floats, strip, KEY_NORMS_AT, i, bp);
+            reads = four_of(floats, strip, READS_AT, i);
+            norms = four_of(floats, strip, KEY_NORMS_AT, i);
         }
         from_start *= decays[i];
         let q_i = own.element::<F>(tile, queries, i, bp) * reads[comptime!(i % 4)];
@@ -141,13 +142,13 @@ fn walk_strip<F: Float, B: Float, G: Float>(
     }
 
     sync_plane();
-    let mut betas = four_of(floats, strip, BETAS_AT, 0usize, bp);
+    let mut betas = four_of(floats, strip, BETAS_AT, 0usize);
     let mut all_later = 0.0f32;
     let mut products = Array::<f32>::new(STRIP);
     #[unroll]
     for r in 0..STRIP {
         if comptime!(r == 4) {
-            betas = four_of(floats, strip, BETAS_AT, r, bp);
+            betas = four_of(floats, strip, BETAS_AT, r);
         }
         let mut later = later[r] - written[r] * h[r];
         if comptime!(r + 1 == STRIP) {
