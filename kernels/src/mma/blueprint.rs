@@ -152,23 +152,22 @@ impl Blueprint {
 
     /// Shared memory of `prepare`: blocks, factors and leaves.
     pub(crate) fn prepare_regions(&self) -> Regions<3> {
-        let chunks = self.prepared_chunks();
-        let leaves = chunks * BLOCKS * self.leaf_pairs();
-        Regions::new([UNIT_BYTES * self.prepared_blocks(), 4 * chunks * self.factors(), 8 * leaves])
+        Regions::new(self.prepare_bytes())
     }
 
-    /// Shared memory of `prepare_by_channel`: the same, and what its planes find of a chunk (`Partial`).
+    /// Shared memory of `prepare_by_channel`: the same, with the keys that the first tile leaves for the second behind the
+    /// blocks, and what its planes find of a chunk (`Partial`).
     pub(crate) fn prepare_by_channel_regions(&self) -> Regions<6> {
-        let (blocks, seen) = (self.prepared_blocks(), SEEN_UNITS * self.slices());
+        let [blocks, factors, leaves] = self.prepare_bytes();
+        let seen = UNIT_BYTES * SEEN_UNITS * self.slices();
         let [sums, squares, whole] = partial_bytes(self);
-        Regions::new([
-            UNIT_BYTES * (blocks + seen),
-            4 * self.factors(),
-            8 * BLOCKS * self.leaf_pairs(),
-            sums,
-            squares,
-            whole,
-        ])
+        Regions::new([blocks + seen, factors, leaves, sums, squares, whole])
+    }
+
+    fn prepare_bytes(&self) -> [usize; 3] {
+        let chunks = self.prepared_chunks();
+        let leaves = chunks * BLOCKS * self.leaf_pairs();
+        [UNIT_BYTES * self.prepared_blocks(), 4 * chunks * self.factors(), 8 * leaves]
     }
 
     /// Shared memory of `sweep` in bytes.

@@ -66,20 +66,19 @@ pub(crate) fn region<F: Float, T: CubePrimitive>(of: &Tile<F>, #[comptime] at: u
     })
 }
 
+#[cube]
 impl<T: CubePrimitive> Region<T> {
     /// The same memory as elements of another type.
     pub(crate) fn reinterpret<U: CubePrimitive>(&self) -> Region<U> {
-        unreachable!("only expanded")
+        intrinsic!(|scope| {
+            let bytes = self.first * T::as_type(scope).size();
+            let first = bytes / U::as_type(scope).size();
+            RegionExpand { memory: self.memory, first, element: PhantomData }
+        })
     }
 }
 
 impl<T: CubePrimitive> RegionExpand<T> {
-    pub(crate) fn __expand_reinterpret_method<U: CubePrimitive>(self, scope: &mut Scope) -> RegionExpand<U> {
-        let bytes = self.first * T::as_type(scope).size();
-        let first = bytes / U::as_type(scope).size();
-        RegionExpand { memory: self.memory, first, element: PhantomData }
-    }
-
     /// Where element `index` of the region lies in all of the memory, and its size in elements of the tiles.
     fn locate(&self, scope: &mut Scope, index: NativeExpand<usize>) -> (Variable, usize) {
         let index = match index.expand.as_const() {
